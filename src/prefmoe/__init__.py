@@ -1,0 +1,1 @@
+"""prefmoe: align language models to competing preferences with mixtures of LoRA experts."""

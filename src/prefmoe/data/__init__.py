@@ -1,0 +1,1 @@
+"""Text in, checked records and token ids out."""

@@ -1,0 +1,1 @@
+"""How good a reward model is: accuracy with intervals, best-of-n, consistency, and the report."""

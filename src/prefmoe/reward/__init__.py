@@ -1,0 +1,1 @@
+"""DMoERM: one backbone, a sparse router over tasks, LoRA experts for capabilities, one reward."""

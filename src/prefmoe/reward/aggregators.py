@@ -1,0 +1,172 @@
+"""Phase 3: from the experts' states to one reward, fitted on pairs that the experts never saw."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prefmoe.nn import (
+    AggregatorKind,
+    bradley_terry_loss,
+    build_aggregator,
+    fit_bradley_terry,
+)
+from prefmoe.reward.convex import columns, fit_by_cross_validation
+from prefmoe.reward.settings import Phase3Settings
+from prefmoe.reward.texts import PairRow
+
+
+class Units(NamedTuple):
+    """What standardizes the states and scores of some experts."""
+
+    state_mean: Tensor  # (experts, hidden)
+    state_std: Tensor
+    score_mean: Tensor  # (experts,)
+    score_std: Tensor
+
+
+@dataclass(frozen=True)
+class ExpertFeatures:
+    """What the experts of one task say of both sides of some pairs, standardized.
+
+    Attributes:
+        states: (pairs, 2, experts, hidden), chosen first.
+        scores: (pairs, 2, experts).
+        rows: The pairs.
+        units: What they were standardized with.
+    """
+
+    states: Tensor
+    scores: Tensor
+    rows: Sequence[PairRow]
+    units: Units
+
+    def margins(self, aggregator: nn.Module) -> Tensor:
+        """Reward of the chosen minus that of the rejected side, shape (pairs,)."""
+        chosen, rejected = (aggregator(self.states[:, side], self.scores[:, side]) for side in (0, 1))
+        return chosen - rejected
+
+    def accuracy(self, aggregator: nn.Module) -> float:
+        """Share of pairs with a positive margin, ties one half; 0.5 without pairs."""
+        if not len(self.rows):
+            return 0.5
+        with torch.no_grad():
+            margins = self.margins(aggregator)
+        return ((margins > 0).float() + (margins == 0).float() / 2).mean().item()
+
+
+def standardized(
+    states: Tensor, head_weight: Tensor, head_bias: Tensor, rows: Sequence[PairRow]
+) -> ExpertFeatures:
+    """Features from raw states (pairs, 2, experts, hidden), in the units of these very texts.
+
+    Args:
+        states: Pooled states.
+        head_weight: (experts, hidden).
+        head_bias: (experts,).
+        rows: The pairs.
+    """
+    scores = (states * head_weight).sum(-1) + head_bias
+    flat_states, flat_scores = states.flatten(0, 1), scores.flatten(0, 1)
+    few = len(flat_states) < 2  # no spread can be measured
+    units = Units(
+        flat_states.mean(0) if not few else torch.zeros_like(head_weight),
+        flat_states.std(0).clamp_min(1e-4) if not few else torch.ones_like(head_weight),
+        flat_scores.mean(0) if not few else torch.zeros_like(head_bias),
+        flat_scores.std(0).clamp_min(1e-4) if not few else torch.ones_like(head_bias),
+    )
+    return ExpertFeatures(
+        (states - units.state_mean) / units.state_std,
+        (scores - units.score_mean) / units.score_std,
+        rows,
+        units,
+    )
+
+
+def join_features(parts: Sequence[ExpertFeatures]) -> ExpertFeatures:
+    """Features of several folds as one set; units are those of the first."""
+    return ExpertFeatures(
+        torch.cat([part.states for part in parts]),
+        torch.cat([part.scores for part in parts]),
+        [row for part in parts for row in part.rows],
+        parts[0].units,
+    )
+
+
+def fit_aggregator(
+    kind: AggregatorKind,
+    features: ExpertFeatures,
+    validation: ExpertFeatures,
+    head: Tensor,
+    settings: Phase3Settings,
+    *,
+    seed: int,
+) -> nn.Module:
+    """One fitted aggregator.
+
+    The linear ones are convex fits that are pulled towards the task head (so few pairs leave it as it is), with the
+    strength of the pull chosen by cross-validation inside `features`. The MLP is the paper's.
+
+    Args:
+        kind: Which.
+        features: Pairs that the experts did not train on.
+        validation: For the MLP's early stopping.
+        head: Weights of the task adapter's head in standardized units, shape (hidden,).
+        settings: Of phase 3.
+        seed: Of the MLP.
+    """
+    _, _, num_experts, hidden = features.states.shape
+    torch.manual_seed(seed)
+    aggregator = build_aggregator(kind, num_experts=num_experts, hidden=hidden)
+    if kind == "task_head" or not len(features.rows):
+        return aggregator
+    if kind == "mlp":
+        return _train_mlp(aggregator, features, validation, settings, seed=seed)
+    weight, label = columns(features.rows)
+    scores = features.scores[:, 0] - features.scores[:, 1]
+    # How many nats one unit of the task head is worth, so that the pull starts from a calibrated reward.
+    calibration = fit_bradley_terry(scores[:, :1], l2=1e-3, weight=weight, label=label)
+    if kind == "linear_scores":
+        differences, prior = scores, torch.zeros(num_experts)
+        prior[0] = calibration
+    else:
+        states = features.states[:, 0] - features.states[:, 1]
+        differences, prior = states.flatten(1), torch.zeros(num_experts, hidden)
+        prior[0] = head * calibration
+        prior = prior.flatten()
+    solution = fit_by_cross_validation(differences, features.rows, prior)
+    with torch.no_grad():
+        aggregator.weight.copy_(solution.view_as(aggregator.weight))
+    return aggregator
+
+
+def _train_mlp(
+    aggregator: nn.Module,
+    features: ExpertFeatures,
+    validation: ExpertFeatures,
+    settings: Phase3Settings,
+    *,
+    seed: int,
+) -> nn.Module:
+    """The paper's MLP by AdamW on cached features; the epoch with the best validation accuracy is kept."""
+    weight, label = columns(features.rows)
+    optimizer = torch.optim.AdamW(aggregator.parameters(), lr=settings.mlp_learning_rate, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(seed)
+    best, best_accuracy = copy.deepcopy(aggregator), -1.0
+    for _ in range(settings.mlp_epochs):
+        for part in torch.randperm(len(features.rows), generator=generator).split(64):
+            batch = ExpertFeatures(features.states[part], features.scores[part], (), features.units)
+            margins = batch.margins(aggregator)
+            loss = bradley_terry_loss(
+                margins, torch.zeros_like(margins), weight=weight[part], label=label[part]
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        accuracy = validation.accuracy(aggregator)
+        if accuracy > best_accuracy:
+            best, best_accuracy = copy.deepcopy(aggregator), accuracy
+    return best

@@ -1,0 +1,209 @@
+"""Saving and loading a reward model: the small artefact (no backbone) and the self-contained one."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModel, PreTrainedModel
+
+from prefmoe.errors import CheckpointError
+from prefmoe.reward.backbone import load_backbone, weights_hash
+from prefmoe.reward.config import DMoERMConfig
+
+_BACKBONE = "backbone."
+_WEIGHTS = "model.safetensors"
+_BACKBONE_OPTIONS = ("attn_implementation", "device_map", "quantization_config")
+
+
+class ArtefactMixin:
+    """`save_pretrained` and `from_pretrained` of a model made of a frozen backbone and small trained parts.
+
+    The small artefact holds experts, router, aggregators and the backbone's name and hash. Loading gets the
+    backbone by its name and refuses one with another hash.
+    """
+
+    config: DMoERMConfig
+    backbone: PreTrainedModel
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, include_backbone: bool = False, **_: Any
+    ) -> None:
+        """Writes the model, reloads it, compares, and only then replaces what was there.
+
+        Args:
+            save_directory: Folder, made if needed.
+            include_backbone: Also write the frozen weights, so that the folder needs nothing else.
+
+        Raises:
+            CheckpointError: what was read back differs, or the disk is full; the old files are then untouched.
+        """
+        target = Path(save_directory)
+        self.config.architectures = [type(self).__name__]
+        self.config.includes_backbone = include_backbone
+        self.config.text_config.dtype = self.backbone.dtype
+        if self.config.backbone_hash is None:
+            self.config.backbone_hash = weights_hash(self.backbone)
+        target.mkdir(parents=True, exist_ok=True)
+        # Beside the target: on the same disk, so that moving the files in is a rename.
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            tensors = own_tensors(self, include_backbone=include_backbone)
+            save_torch_state_dict(tensors, staging, metadata={"format": "pt"})
+            self.config.save_pretrained(staging)
+            _compare(tensors, read_tensors(staging))
+            for stale in target.glob("model*.safetensors*"):
+                if not (staging / stale.name).exists():
+                    stale.unlink()
+            for file in sorted(staging.iterdir(), reverse=True):  # weights before config.json
+                file.replace(target / file.name)
+        except (OSError, SafetensorError) as problem:
+            raise CheckpointError(
+                f"{target}: could not be saved, what was there is unchanged: {problem}"
+            ) from problem
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *_: Any,
+        config: DMoERMConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        backbone: PreTrainedModel | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Loads a saved model, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id.
+            config: Use this instead of the saved config.
+            dtype: Of the backbone; None takes the one it was trained with. The small parts are float32 always.
+            backbone: An already loaded backbone to put the experts on.
+            revision: Of the hub repository.
+            **kwargs: `attn_implementation`, `device_map` and `quantization_config` reach the backbone.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, a tensor is missing or unknown (it is named), or the
+                backbone is not the one that the experts were trained on.
+        """
+        folder = _local_folder(pretrained_model_name_or_path, revision)
+        config = config if isinstance(config, DMoERMConfig) else read_config(folder)
+        tensors = read_tensors(folder)
+        body = config.text_config.dtype if dtype in (None, "auto") else dtype
+        options = {name: kwargs[name] for name in _BACKBONE_OPTIONS if kwargs.get(name) is not None}
+        if backbone is None:
+            backbone = _build_backbone(folder, config, dtype=body, options=options)
+        model = cls(config, backbone=backbone)
+        _load_strictly(model, tensors, folder)
+        found = weights_hash(model.backbone)
+        if config.backbone_hash is not None and found != config.backbone_hash:
+            raise CheckpointError(
+                f"{folder}: trained on backbone {config.backbone!r} with weights {config.backbone_hash}, "
+                f"but the one found has weights {found}; give the original backbone or retrain"
+            )
+        model.config.name_or_path = str(pretrained_model_name_or_path)
+        return model.eval()
+
+
+def own_tensors(model: Any, *, include_backbone: bool) -> dict[str, Tensor]:
+    """The tensors that a save of the model holds, contiguous and unshared."""
+    return {
+        name: tensor.detach().contiguous()
+        for name, tensor in model.state_dict().items()
+        if include_backbone or not name.startswith(_BACKBONE)
+    }
+
+
+def read_config(folder: Path) -> DMoERMConfig:
+    """The saved config.
+
+    Raises:
+        CheckpointError: there is none, or it is not one of ours.
+    """
+    file = folder / "config.json"
+    try:
+        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"{file}: no readable config of a reward model: {problem}") from problem
+    if model_type != DMoERMConfig.model_type:
+        raise CheckpointError(f"{file}: model_type is {model_type!r}, expected {DMoERMConfig.model_type!r}")
+    return DMoERMConfig.from_pretrained(folder)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of all safetensors files of a folder.
+
+    Raises:
+        CheckpointError: there is no such file, or one is damaged; it is named.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: holds no {_WEIGHTS}; expected a folder written by save_pretrained")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as problem:
+            raise CheckpointError(
+                f"{file}: damaged or cut short ({problem}); save or copy it again"
+            ) from problem
+    return tensors
+
+
+def _compare(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    for name in written.keys() | read.keys():
+        same = name in written and name in read and torch.equal(written[name].cpu(), read[name])
+        if not same:
+            raise CheckpointError(f"{name} was read back differently from what was saved")
+
+
+def _load_strictly(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+    expected = own_tensors(model, include_backbone=model.config.includes_backbone)
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        raise CheckpointError(f"{folder}: missing tensors {missing[:5]}, unknown tensors {extra[:5]}")
+    for name, tensor in expected.items():
+        if tensor.shape != tensors[name].shape:
+            shapes = f"{tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
+            raise CheckpointError(f"{folder}: {name} has shape {shapes}")
+    model.load_state_dict(tensors, strict=False)
+
+
+def _build_backbone(
+    folder: Path, config: DMoERMConfig, *, dtype: torch.dtype, options: dict[str, Any]
+) -> PreTrainedModel:
+    if config.includes_backbone:
+        return AutoModel.from_config(config.text_config, dtype=dtype).requires_grad_(False).eval()
+    if config.backbone is None:
+        raise CheckpointError(f"{folder}: holds no backbone and names none; pass backbone=")
+    return load_backbone(
+        config.backbone,
+        num_layers=config.text_config.num_hidden_layers,
+        dtype=dtype,
+        max_length=config.max_length,
+        **options,
+    )
+
+
+def _local_folder(name: str | Path, revision: str | None) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if "/" not in str(name) or str(name).startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{name}: no such folder; give the folder that `reward train` wrote, or a hub id"
+        )
+    try:
+        return Path(snapshot_download(str(name), revision=revision))
+    except Exception as problem:  # the hub client raises many kinds; all mean the same to a user
+        raise CheckpointError(
+            f"{name}: neither a folder nor found on the hub ({type(problem).__name__})"
+        ) from problem

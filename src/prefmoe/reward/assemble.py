@@ -1,0 +1,240 @@
+"""From trained experts to reward models: phase 3, units, and one model per method."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prefmoe.nn import AggregatorKind, TaskRouter
+from prefmoe.reward.aggregators import (
+    ExpertFeatures,
+    fit_aggregator,
+    join_features,
+    standardized,
+)
+from prefmoe.reward.backbone import weights_hash
+from prefmoe.reward.config import DMoERMConfig
+from prefmoe.reward.experts import Experts, ExpertState
+from prefmoe.reward.features import pooled_states
+from prefmoe.reward.model import DMoERMForSequenceClassification
+from prefmoe.reward.phases import ALL, Fold, expert_name
+from prefmoe.reward.texts import PairRow
+from prefmoe.reward.training import TrainedExpert
+from prefmoe.reward.workbench import Workbench
+
+TaskRows = Mapping[str, Sequence[PairRow]]
+
+
+@dataclass(frozen=True)
+class TaskAggregator:
+    """The aggregator kept for a task, and what every candidate reached on validation."""
+
+    kind: AggregatorKind
+    module: nn.Module
+    validation: dict[str, float]
+
+
+def rows_by_task(bench: Workbench, split: str, fold: Fold | None = None) -> dict[str, list[PairRow]]:
+    """Rows of a split by task; of a fold, only those kept from its experts."""
+    encoded = getattr(bench, split)
+    found: dict[str, list[PairRow]] = {task: [] for task in bench.tasks}
+    for pair, row in zip(encoded.pairs, encoded.rows, strict=True):
+        if pair.task in found and (fold is None or pair.id in fold.held_out):
+            found[pair.task].append(row)
+    return found
+
+
+def expert_features(
+    bench: Workbench,
+    states: Mapping[str, ExpertState],
+    tasks: Mapping[str, Sequence[str]],
+    rows: TaskRows,
+    *,
+    rank: int | None = None,
+    label: str,
+) -> dict[str, ExpertFeatures]:
+    """What the experts of each task say of that task's pairs.
+
+    Args:
+        bench: What is worked on.
+        states: Expert states by `expert_name`.
+        tasks: Capabilities of every task.
+        rows: Pairs of every task.
+        rank: LoRA rank of the states.
+        label: For the progress bar.
+    """
+    names = [expert_name(task, name) for task, points in tasks.items() for name in ("", *points)]
+    experts = build_experts(bench, [states[name] for name in names], rank=rank)
+    experts.attach(bench.backbone)
+    try:
+        wanted = [
+            (text, names.index(expert_name(task, name)))
+            for task, points in tasks.items()
+            for pair in rows[task]
+            for text in (pair.chosen, pair.rejected)
+            for name in ("", *points)
+        ]
+        pooled = pooled_states(
+            bench.backbone, experts, bench.trunk, wanted, label=label, progress=bench.progress
+        )
+    finally:
+        experts.detach()
+    features: dict[str, ExpertFeatures] = {}
+    first = 0
+    for task, points in tasks.items():
+        ids = [names.index(expert_name(task, name)) for name in ("", *points)]
+        count = 2 * len(rows[task]) * len(ids)
+        mine = pooled[first : first + count].view(len(rows[task]), 2, len(ids), -1)
+        first += count
+        weight, bias = experts.head_weight[ids].detach().cpu(), experts.head_bias[ids].detach().cpu()
+        features[task] = standardized(mine, weight, bias, rows[task])
+    return features
+
+
+def build_experts(bench: Workbench, states: Sequence[ExpertState], *, rank: int | None = None) -> Experts:
+    """Experts with these states, on the backbone's device; not attached."""
+    sizes = bench.settings.experts
+    rank = rank or sizes.rank
+    on_deltas = any(key.endswith(".delta") for key in states[0])
+    experts = Experts(
+        bench.backbone,
+        num_experts=len(states),
+        num_dense=len(states) if on_deltas else 0,
+        split_layer=sizes.split_layer,
+        rank=rank,
+        alpha=sizes.alpha * rank / sizes.rank,
+        target_modules=sizes.target_modules,
+        pooling=sizes.pooling,
+    )
+    if on_deltas:
+        experts.dense_ids.copy_(torch.arange(len(states)))
+    for expert, state in enumerate(states):
+        experts.load_expert(expert, state)
+    return experts.to(bench.backbone.device).eval()
+
+
+def choose_aggregators(
+    bench: Workbench,
+    folds: Sequence[Fold],
+    trained: Mapping[str, TrainedExpert],
+    final: Mapping[str, ExpertState],
+    validation: Mapping[str, ExpertFeatures],
+) -> dict[str, TaskAggregator]:
+    """Phase 3: fits every kind of aggregator for every task on what the folds kept back; keeps the best.
+
+    Args:
+        bench: What is worked on.
+        folds: The folds whose experts are in `trained`.
+        trained: All experts of all folds.
+        final: The experts that the model will hold, by task and capability.
+        validation: Their features on the validation pairs.
+    """
+    held_out: dict[str, list[ExpertFeatures]] = {task: [] for task in bench.tasks}
+    for fold in folds:
+        states = {
+            expert_name(task, name): trained[expert_name(task, name, fold.name)].state
+            for task, points in bench.tasks.items()
+            for name in ("", *points)
+        }
+        rows = rows_by_task(bench, "train", fold)
+        found = expert_features(bench, states, bench.tasks, rows, label=f"held-out pairs, {fold.name}")
+        for task, features in found.items():
+            held_out[task].append(features)
+    settings, seed = bench.settings.phase3, bench.settings.seed
+    chosen: dict[str, TaskAggregator] = {}
+    for task, parts in held_out.items():
+        units = validation[task].units
+        head = final[expert_name(task)]["head.weight"] * units.state_std[0] / units.score_std[0]
+        features = join_features(parts)
+        candidates = {
+            kind: fit_aggregator(kind, features, validation[task], head, settings, seed=seed)
+            for kind in settings.kinds
+        }
+        accuracy = {kind: validation[task].accuracy(module) for kind, module in candidates.items()}
+        best = max(
+            accuracy, key=lambda kind: accuracy[kind]
+        )  # the first of equals, and the task head is first
+        chosen[task] = TaskAggregator(best, candidates[best], accuracy)
+        bench.run.log(
+            "phase3", {"task": task, "kept": best, **{f"accuracy/{k}": v for k, v in accuracy.items()}}
+        )
+    return chosen
+
+
+def assemble_model(
+    bench: Workbench,
+    tasks: Mapping[str, Sequence[str]],
+    states: Mapping[str, ExpertState],
+    validation: Mapping[str, ExpertFeatures],
+    *,
+    router: TaskRouter | None = None,
+    aggregators: Mapping[str, TaskAggregator] | None = None,
+    rank: int | None = None,
+) -> DMoERMForSequenceClassification:
+    """A model of these experts, in evaluation mode, on the bench's backbone.
+
+    Args:
+        bench: What is worked on.
+        tasks: Capabilities of every task; one task for a single reward model.
+        states: Expert states by `expert_name`.
+        validation: Features of the same experts on validation pairs: they set the units.
+        router: None for one task.
+        aggregators: None takes every task's own head.
+        rank: LoRA rank of the states.
+    """
+    sizes = bench.settings.experts
+    rank = rank or sizes.rank
+    kinds = [aggregators[task].kind if aggregators else "task_head" for task in tasks]
+    config = DMoERMConfig(
+        bench.backbone.config,
+        backbone=bench.settings.backbone.name,
+        backbone_hash=weights_hash(bench.backbone),
+        tasks={task: list(points) for task, points in tasks.items()},
+        split_layer=sizes.split_layer,
+        rank=rank,
+        alpha=sizes.alpha * rank / sizes.rank,
+        target_modules=sizes.target_modules,
+        dense_tasks=any(key.endswith(".delta") for key in next(iter(states.values()))),
+        pooling=sizes.pooling,
+        aggregators=kinds,
+        max_length=bench.renderer.max_length,
+        chat_template=bench.renderer.chat_template,
+        template_hash=bench.renderer.template_hash,
+        response_marker=list(bench.renderer.response_marker),
+        pad_token_id=bench.tokenizer.pad_token_id,
+    )
+    model = DMoERMForSequenceClassification(config, backbone=bench.backbone)
+    for expert, (task, name) in enumerate(config.experts):
+        model.experts.load_expert(expert, states[expert_name(task, name)])
+    if router is not None:
+        model.router.load_state_dict(router.state_dict())
+    for task_id, task in enumerate(tasks):
+        if aggregators:
+            model.aggregators[task_id].load_state_dict(aggregators[task].module.state_dict())
+        _set_units(model, task_id, config.experts_of(task), validation[task])
+    model.experts.to(bench.backbone.device)
+    for part in (model.router, model.aggregators):
+        part.to(bench.backbone.device)
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def _set_units(
+    model: DMoERMForSequenceClassification, task_id: int, ids: list[int], features: ExpertFeatures
+) -> None:
+    for name, values in features.units._asdict().items():
+        getattr(model, name)[ids] = values
+    if len(features.rows) < 1:
+        return
+    aggregator = model.aggregators[task_id]
+    rewards: Tensor = aggregator(features.states.flatten(0, 1), features.scores.flatten(0, 1))
+    model.reward_mean[task_id] = rewards.mean()
+    model.reward_std[task_id] = rewards.std().clamp_min(1e-4)
+
+
+def single_task_features(
+    features: Mapping[str, ExpertFeatures], task: str = ALL
+) -> dict[str, ExpertFeatures]:
+    """Features of one expert under one task's name."""
+    return {task: next(iter(features.values()))}

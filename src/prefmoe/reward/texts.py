@@ -1,0 +1,122 @@
+"""Tokenized texts of a run, and batches of them without padding waste."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from prefmoe.data.render import Encoded, Renderer
+from prefmoe.data.split import prompt_hash
+from prefmoe.errors import DataError, join_problems
+from prefmoe.records import PreferencePair
+
+
+class PairRow(NamedTuple):
+    """A preference pair as numbers: two texts of a `TextTable` and what is known of them."""
+
+    chosen: int
+    rejected: int
+    prompt: int = 0  # hash; pairs of one prompt stay together when pairs are split
+    label: float = 1.0  # probability that `chosen` is better
+    weight: float = 1.0
+    target_margin: float = 0.0
+
+
+@dataclass
+class TextTable:
+    """Every distinct tokenized text once, numbered."""
+
+    texts: list[Encoded] = field(default_factory=list)
+    _ids: dict[tuple[tuple[int, ...], int], int] = field(default_factory=dict)
+
+    def add(self, text: Encoded) -> int:
+        """Number of the text, a new one if it was not there."""
+        key = (text.input_ids, text.prompt_length)
+        if key not in self._ids:
+            self._ids[key] = len(self.texts)
+            self.texts.append(text)
+        return self._ids[key]
+
+    def length(self, text: int) -> int:
+        """Tokens of a text."""
+        return len(self.texts[text].input_ids)
+
+    def key(self, text: int) -> str:
+        """Hash of a text's token ids, the same in every run."""
+        ids = self.texts[text].input_ids
+        return hashlib.blake2b(b",".join(b"%d" % i for i in ids), digest_size=12).hexdigest()
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Pairs with their rows in a table.
+
+    Attributes:
+        pairs: The pairs that could be used.
+        rows: One row a pair.
+        num_truncated: Pairs that lost tokens of their prompt or completion.
+        num_equal: Pairs left out because both sides became equal (only where `allow_equal`).
+    """
+
+    pairs: list[PreferencePair]
+    rows: list[PairRow]
+    num_truncated: int = 0
+    num_equal: int = 0
+
+
+def encode_pairs(
+    pairs: Iterable[PreferencePair], renderer: Renderer, table: TextTable, *, allow_equal: bool = False
+) -> EncodedPairs:
+    """Tokenizes pairs into a table.
+
+    Args:
+        pairs: What to tokenize.
+        renderer: The rendering of the model.
+        table: Where the texts go.
+        allow_equal: Keep (True, for evaluation: such a pair is a tie) or refuse pairs whose sides became equal.
+
+    Raises:
+        DataError: pairs that cannot be used, all of them named.
+    """
+    kept: list[PreferencePair] = []
+    rows: list[PairRow] = []
+    problems: list[str] = []
+    num_truncated = num_equal = 0
+    for pair in pairs:
+        try:
+            sides = [renderer.encode(pair.prompt, side) for side in (pair.chosen, pair.rejected)]
+        except DataError as problem:
+            problems.append(f"pair {pair.id!r}: {problem}")
+            continue
+        num_truncated += any(side.truncated_tokens for side in sides)
+        chosen, rejected = (table.add(side) for side in sides)
+        num_equal += chosen == rejected
+        if chosen == rejected and not allow_equal:
+            problems.append(
+                f"pair {pair.id!r}: both sides are equal after truncation to max_length={renderer.max_length}; "
+                "raise max_length or drop the pair"
+            )
+            continue
+        kept.append(pair)
+        prompt = prompt_hash(pair.prompt)
+        rows.append(PairRow(chosen, rejected, prompt, weight=pair.weight, target_margin=pair.target_margin))
+    if problems:
+        raise DataError(join_problems(problems))
+    return EncodedPairs(kept, rows, num_truncated, num_equal)
+
+
+def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, each of at most `max_tokens` tokens with padding (or one row).
+
+    The longest rows come first, so that a batch that does not fit into memory fails at once.
+    """
+    batch: list[int] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = longest or lengths[index]
+        if batch and longest * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch, longest = [], lengths[index]
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,132 @@
+"""`prefmoe reward train`: all methods of a config, from pairs to saved models and metrics."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from prefmoe.nn import TaskRouter
+from prefmoe.reward.assemble import (
+    TaskRows,
+    assemble_model,
+    choose_aggregators,
+    expert_features,
+    rows_by_task,
+)
+from prefmoe.reward.experts import ExpertState
+from prefmoe.reward.model import DMoERMForSequenceClassification
+from prefmoe.reward.phases import (
+    ALL,
+    Fold,
+    expert_name,
+    fit_router,
+    make_folds,
+    train_capability_experts,
+    train_shared,
+    train_task_adapters,
+    train_wide,
+)
+from prefmoe.reward.settings import Method
+from prefmoe.reward.training import TrainedExpert
+from prefmoe.reward.workbench import ONE_TASK, Workbench
+
+Models = dict[Method, DMoERMForSequenceClassification]
+
+
+def train_models(bench: Workbench) -> Models:
+    """Trains every method of the settings; what two of them share is computed once.
+
+    `per_task` is phase 1 on all training pairs. DMoERM with `phase3.split: crossfit` ends with those same adapters;
+    with `paper` it has its own, trained on the paper's share of the prompts.
+
+    Returns:
+        One model a method, all on the bench's backbone, in evaluation mode. Each is saved in `<run>/<method>`.
+    """
+    methods = bench.settings.methods
+    everything = _everything(bench)
+    folds = make_folds(bench) if "dmoerm" in methods else []
+    crossfit = bench.settings.phase3.split == "crossfit"
+    adapter_folds = [*folds]
+    if crossfit and folds or "single" in methods or "per_task" in methods:
+        adapter_folds.append(everything)
+    router = fit_router(bench)
+    wide = train_wide(bench) if "single_wide" in methods else None
+    trained: dict[str, TrainedExpert] = {}
+    if adapter_folds:
+        shared = train_shared(bench, adapter_folds)
+        trained |= train_task_adapters(bench, adapter_folds, shared, single="single" in methods)
+    if folds:
+        expert_folds = [*folds, everything] if crossfit else folds
+        trained |= train_capability_experts(bench, expert_folds, trained)
+
+    models: Models = {}
+    if wide is not None:
+        num_experts = sum(1 + len(points) for points in bench.tasks.values())
+        rank = bench.settings.experts.rank * num_experts
+        models["single_wide"] = _one_expert_model(bench, wide.state, rank=rank)
+    if "single" in methods:
+        models["single"] = _one_expert_model(bench, trained["single@"].state)
+    if "per_task" in methods:
+        models["per_task"] = _per_task_model(bench, trained, router)
+    if folds:
+        models["dmoerm"] = _dmoerm_model(
+            bench, folds, trained, router, final=ALL if crossfit else folds[0].name
+        )
+    if bench.run.is_main:
+        for method, model in models.items():
+            save_model(bench, model, bench.run.folder / method)
+    bench.run.wait()
+    return {method: models[method] for method in methods}
+
+
+def save_model(bench: Workbench, model: DMoERMForSequenceClassification, folder: Path) -> None:
+    """The small artefact with its tokenizer."""
+    model.save_pretrained(folder)
+    bench.tokenizer.save_pretrained(folder)
+
+
+def _everything(bench: Workbench) -> Fold:
+    return Fold(ALL, frozenset(pair.id for pair in bench.train.pairs), frozenset())
+
+
+def _validation_rows(bench: Workbench) -> TaskRows:
+    return rows_by_task(bench, "validation")
+
+
+def _one_expert_model(
+    bench: Workbench, state: ExpertState, *, rank: int | None = None
+) -> DMoERMForSequenceClassification:
+    states, tasks = {expert_name(ONE_TASK): state}, {ONE_TASK: []}
+    rows = {ONE_TASK: list(bench.validation.rows)}
+    features = expert_features(bench, states, tasks, rows, rank=rank, label="validation pairs, single")
+    return assemble_model(bench, tasks, states, features, rank=rank)
+
+
+def _per_task_model(
+    bench: Workbench, trained: Mapping[str, TrainedExpert], router: TaskRouter
+) -> DMoERMForSequenceClassification:
+    tasks: dict[str, list[str]] = {task: [] for task in bench.tasks}
+    states = {expert_name(task): trained[expert_name(task)].state for task in tasks}
+    features = expert_features(
+        bench, states, tasks, _validation_rows(bench), label="validation pairs, per task"
+    )
+    return assemble_model(bench, tasks, states, features, router=router)
+
+
+def _dmoerm_model(
+    bench: Workbench,
+    folds: list[Fold],
+    trained: Mapping[str, TrainedExpert],
+    router: TaskRouter,
+    *,
+    final: str,
+) -> DMoERMForSequenceClassification:
+    states = {
+        expert_name(task, name): trained[expert_name(task, name, final)].state
+        for task, points in bench.tasks.items()
+        for name in ("", *points)
+    }
+    features = expert_features(
+        bench, states, bench.tasks, _validation_rows(bench), label="validation pairs, DMoERM"
+    )
+    with bench.run.clock("phase3"):
+        aggregators = choose_aggregators(bench, folds, trained, states, features)
+    return assemble_model(bench, bench.tasks, states, features, router=router, aggregators=aggregators)

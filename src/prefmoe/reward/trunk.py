@@ -1,0 +1,131 @@
+"""The shared lower layers: run once per text, kept on disk for everything that is trained above them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prefmoe.reward.backbone import embed, run_layers, weights_hash
+from prefmoe.reward.progress import Progress, silent
+from prefmoe.reward.texts import TextTable, token_budget_batches
+
+_INDEX, _DATA = "index.tsv", "states.bin"
+
+
+class Batch(NamedTuple):
+    """Trunk output of some texts, padded on the right."""
+
+    trunk: Tensor  # (rows, seq, hidden)
+    lengths: Tensor  # (rows,) real tokens
+    starts: Tensor  # (rows,) first token of the completion
+
+
+class Trunk:
+    """Layers [0, split_layer) of a backbone over the texts of a table.
+
+    With a folder, states are kept in one append-only file in the backbone's own dtype (so cached and fresh states are
+    bitwise equal) beside an index of text hashes; an interrupted write costs at most its last batch. Without one,
+    or where the file would pass `max_gib`, states are computed when asked for.
+
+    Args:
+        backbone: Frozen backbone.
+        split_layer: First layer that is not the trunk's.
+        table: Texts, by number.
+        folder: Parent of the cache folder, whose name comes from the backbone's weights and `split_layer`.
+        max_gib: Largest size of the cache file, GiB.
+        batch_tokens: Tokens of one forward pass, padding included.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        split_layer: int,
+        table: TextTable,
+        *,
+        folder: Path | None = None,
+        max_gib: float = 16.0,
+        batch_tokens: int = 8192,
+    ) -> None:
+        self.backbone, self.split_layer, self.table = backbone, split_layer, table
+        self.batch_tokens, self.max_bytes = batch_tokens, max_gib * 2**30
+        self.hidden = backbone.config.hidden_size
+        self.folder: Path | None = None
+        self._where: dict[str, tuple[int, int]] = {}  # text key -> first token, number of tokens
+        self._data = np.empty(0, dtype=np.uint8)
+        if folder is not None:
+            dtype = str(backbone.dtype).removeprefix("torch.")
+            self.folder = folder / f"{weights_hash(backbone)}-{split_layer}-{dtype}"
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.reload()
+
+    @property
+    def _token_bytes(self) -> int:
+        return self.hidden * self.backbone.dtype.itemsize
+
+    def reload(self) -> None:
+        """Reads what is on disk, as another process may have written it."""
+        if self.folder is None or not (self.folder / _INDEX).exists():
+            return
+        lines = (self.folder / _INDEX).read_text(encoding="ascii").split("\n")[:-1]  # the last may be cut
+        self._where = {key: (int(a), int(n)) for key, a, n in (line.split("\t") for line in lines)}
+        if self._where:
+            # Copy on write: torch wants writable memory, and nothing ever writes to it.
+            self._data = np.memmap(self.folder / _DATA, dtype=np.uint8, mode="c")
+
+    def prepare(self, texts: Sequence[int], progress: Progress = silent) -> None:
+        """Computes and keeps the states of texts that are not on disk yet."""
+        if self.folder is None:
+            return
+        missing = [text for text in dict.fromkeys(texts) if self.table.key(text) not in self._where]
+        num_tokens = sum(self.table.length(text) for text in missing)
+        kept = sum(n for _, n in self._where.values())
+        if (kept + num_tokens) * self._token_bytes > self.max_bytes:
+            return
+        with (
+            progress("shared trunk", num_tokens) as advance,
+            (self.folder / _DATA).open("ab") as data,
+            (self.folder / _INDEX).open("a", encoding="ascii") as index,
+        ):
+            data.truncate(kept * self._token_bytes)  # drops what a killed run wrote without an index line
+            for batch in token_budget_batches([self.table.length(t) for t in missing], self.batch_tokens):
+                members = [missing[i] for i in batch]
+                states = self._compute(members)
+                lengths = [self.table.length(text) for text in members]
+                for row, length in zip(states, lengths, strict=True):
+                    data.write(row[:length].contiguous().view(torch.uint8).numpy().tobytes())
+                data.flush()
+                for text, length in zip(members, lengths, strict=True):
+                    index.write(f"{self.table.key(text)}\t{kept}\t{length}\n")
+                    kept += length
+                index.flush()
+                advance(sum(lengths))
+        self.reload()
+
+    def batch(self, texts: Sequence[int]) -> Batch:
+        """States of some texts, on the backbone's device."""
+        device = self.backbone.device
+        lengths = torch.tensor([self.table.length(text) for text in texts], device=device)
+        starts = torch.tensor([self.table.texts[text].prompt_length for text in texts], device=device)
+        found = [self._where.get(self.table.key(text)) for text in texts]
+        if None in found:
+            return Batch(self._compute(texts).to(device), lengths, starts)
+        states = torch.zeros(len(texts), int(lengths.max()), self.hidden, dtype=self.backbone.dtype)
+        for row, place in zip(states, found, strict=True):
+            first, number = place or (0, 0)
+            raw = self._data[first * self._token_bytes : (first + number) * self._token_bytes]
+            row[:number] = torch.from_numpy(raw).view(self.backbone.dtype).view(number, self.hidden)
+        return Batch(states.to(device), lengths, starts)
+
+    @torch.no_grad()
+    def _compute(self, texts: Sequence[int]) -> Tensor:
+        lengths = [self.table.length(text) for text in texts]
+        token_ids = torch.zeros(len(texts), max(lengths), dtype=torch.long)
+        for row, text in zip(token_ids, texts, strict=True):
+            ids = self.table.texts[text].input_ids
+            row[: len(ids)] = torch.tensor(ids)
+        states = embed(self.backbone, token_ids.to(self.backbone.device))
+        return run_layers(self.backbone, states, self.backbone.layers[: self.split_layer]).cpu()

@@ -1,0 +1,109 @@
+"""`prefmoe data`: a table of arguments, exit codes and output."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from data_helpers import row, write_rows
+from prefmoe.cli.data import app
+from prefmoe.errors import DataError
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_good_files_exit_0_and_say_nothing_on_stdout(tmp_path):
+    result = run("check", write_rows(tmp_path / "train.jsonl", [row(), row()]))
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "1 files, 2 rows, 2 usable pairs, 0 problems" in result.stderr
+
+
+def test_bad_rows_exit_3_with_one_line_each(tmp_path):
+    path = write_rows(tmp_path / "train.jsonl.gz", [row(), row(chosen=""), row(rejected=5)])
+    result = run("check", path)
+    assert result.exit_code == 3
+    assert result.stdout.splitlines() == [
+        f"{path}:2: 'chosen' is empty; drop the row",
+        f"{path}:3: 'rejected' has the wrong type; got 5; expected text or a list of messages",
+    ]
+    assert "1 files, 3 rows, 1 usable pairs, 2 problems" in result.stderr
+
+
+def test_prompt_in_two_files_of_a_folder(tmp_path):
+    write_rows(tmp_path / "test.jsonl", [row()])
+    write_rows(tmp_path / "train.jsonl", [row(prompt="Other?"), row()])
+    (tmp_path / "README.md").touch()
+    result = run("check", tmp_path)
+    assert result.exit_code == 3
+    assert result.stdout == (
+        f"{tmp_path}/train.jsonl:2: the prompt also stands in {tmp_path}/test.jsonl:1; "
+        "keep a prompt in one split\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("gone.jsonl", "no such file"), ("empty.jsonl", "has no rows"), ("pairs.csv", "unknown kind of file")],
+)
+def test_unusable_file_exits_3(tmp_path, name, sentence):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "pairs.csv").touch()
+    result = run("check", tmp_path / name)
+    assert result.exit_code == 3
+    assert result.stdout.startswith(f"{tmp_path / name}: {sentence}")
+
+
+@pytest.mark.parametrize("command", ["check", "stats"])
+def test_folder_without_data_is_a_data_error(tmp_path, command):
+    result = run(command, tmp_path)
+    assert isinstance(result.exception, DataError)
+    assert "holds no data file" in str(result.exception)
+
+
+def test_stats_of_a_bad_file_is_a_data_error(tmp_path):
+    result = run("stats", write_rows(tmp_path / "a.jsonl", [row(chosen="")]))
+    assert isinstance(result.exception, DataError)
+
+
+def test_stats_table_is_for_people(tmp_path):
+    rows = [row(task="advice", capabilities={"brief": 1}), row(task="facts", margin=1)]
+    result = run("stats", write_rows(tmp_path / "a.jsonl", rows))
+    assert (result.exit_code, result.stdout) == (0, "")
+    for text in ("advice", "facts", "brief:"):
+        assert text in result.stderr
+
+
+def test_stats_json_is_data(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [row(task="größe")])
+    result = run("stats", "--json", path)
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)[str(path)]["größe"]["pairs"] == 1
+
+
+def test_no_file_is_a_usage_error():
+    assert run("check").exit_code == 2
+
+
+def test_real_process_without_torch(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [row(), row(chosen="👩🏽‍🚀\x00", rejected="👩🏽‍🚀\x00")])
+    script = "import sys; from prefmoe.cli.data import app; app(standalone_mode=False)"
+    script += "; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    arguments = [sys.executable, "-c", script, "stats", str(tmp_path / "a.jsonl")]
+    write_rows(tmp_path / "b.jsonl", [row()])
+    arguments[-1] = str(tmp_path / "b.jsonl")
+    assert subprocess.run(arguments, capture_output=True, check=False).returncode == 0
+    checked = subprocess.run(
+        [sys.executable, "-c", "from prefmoe.cli.data import app; app()", "check", str(path)],
+        capture_output=True,
+        check=False,
+        text=True,
+        encoding="utf-8",
+    )
+    assert (checked.returncode, checked.stdout) == (
+        3,
+        f"{path}:2: 'chosen' and 'rejected' are equal; drop the row\n",
+    )

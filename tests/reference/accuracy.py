@@ -1,0 +1,40 @@
+"""Accuracy and its bootstrap in plain floats and loops."""
+
+import math
+
+
+def hit(margin):
+    if margin > 0:
+        return 1.0
+    return 0.5 if margin == 0 else 0.0
+
+
+def mean(values):
+    return math.fsum(values) / len(values)
+
+
+def percentile(values, share):
+    """Linear between the two neighbours, as most packages do it."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def bootstrap(tasks, draws, level):
+    """Ends of the interval of the macro mean.
+
+    tasks: {task: [(prompt, value), ...]}; draws: {task: [[number of a prompt, ...] for each resample]}.
+    """
+    num_resamples = len(next(iter(draws.values())))
+    resampled = []
+    for resample in range(num_resamples):
+        task_means = []
+        for task, rows in tasks.items():
+            prompts = sorted({prompt for prompt, _ in rows})
+            drawn = [prompts[number] for number in draws[task][resample]]
+            values = [value for wanted in drawn for prompt, value in rows if prompt == wanted]
+            task_means.append(mean(values))
+        resampled.append(mean(task_means))
+    return percentile(resampled, (1 - level) / 2), percentile(resampled, (1 + level) / 2)
