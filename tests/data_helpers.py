@@ -23,11 +23,14 @@ STRICT = (
 )
 
 
-def byte_tokenizer(chat_template: str | None = None, *, adds_bos: bool = False) -> PreTrainedTokenizerFast:
-    """One token a byte, so that any text survives; ids are easy to think about."""
+def byte_tokenizer(
+    chat_template: str | None = None, *, adds_bos: bool = False, merges: list[tuple[str, str]] | None = None
+) -> PreTrainedTokenizerFast:
+    """One token a byte (and one a merge), so that any text survives; specials are 0 to 3."""
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(special + alphabet)}, []))
+    tokens = [*special, *alphabet, *("".join(merge) for merge in merges or [])]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges or []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(special)

@@ -34,6 +34,13 @@ def test_ids_are_those_of_the_chat_template():
     assert rendering.encode_prompt(TALK).input_ids == tuple(opened["input_ids"])
 
 
+def test_token_across_the_border_belongs_to_the_completion():
+    rendering = Renderer(byte_tokenizer(CHATML, merges=[("Ċ", "Ċ")]), max_length=4096)  # Ċ is a line end
+    plain, merged = (rendering.encode(user("x"), assistant(text)) for text in ("So.", "\nSo."))
+    assert texts(rendering, plain)[0].endswith("<|im_start|>assistant\n")
+    assert texts(rendering, merged) == (texts(rendering, plain)[0][:-1], "\n\nSo.<|im_end|>\n")
+
+
 def test_response_marker_ends_the_prompt():
     rendering = renderer()
     assert rendering.tokenizer.decode(rendering.response_marker) == "<|im_start|>assistant\n"

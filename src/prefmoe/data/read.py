@@ -70,6 +70,6 @@ def _read(source: str | Path, parse: Callable[..., list[_Record]], *, split: str
 
 def _as_error(problems: list[Problem]) -> DataError:
     """One error that lists all problems and carries the place of the first."""
-    error = DataError(join_problems([str(problem) for problem in problems]))
-    error.path, error.line = problems[0].path, problems[0].line
-    return error
+    first = problems[0]
+    text = join_problems([str(problem) for problem in problems])
+    return DataError(text.removeprefix(f"{first.where}: "), first.path, first.line)

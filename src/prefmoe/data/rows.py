@@ -26,8 +26,12 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        where = self.path if self.line is None else f"{self.path}:{self.line}"
-        return f"{where}: {self.message}"
+        return f"{self.where}: {self.message}"
+
+    @property
+    def where(self) -> str:
+        """Path and line, as editors understand them."""
+        return self.path if self.line is None else f"{self.path}:{self.line}"
 
 
 class Row(NamedTuple):

@@ -65,7 +65,7 @@ _MAX_WRITTEN_CELLS = 144
 def accuracy_bars(metrics: Metrics) -> Picture:
     """Bars of test accuracy, one group a task, one bar a method, with 95 % intervals."""
     tasks = list(dict.fromkeys(task for method in metrics.methods.values() for task in method.tasks))
-    width = min(20.0, max(7.0, 1.2 + 0.42 * len(tasks) * (len(metrics.methods) + 0.7)))
+    width = min(20.0, max(7.0, 1.2 + 0.36 * len(tasks) * (len(metrics.methods) + 0.7)))
     parts = [
         f"{method_name(name)}: "
         + ", ".join(f"{task} {cell.accuracy:.2f}" for task, cell in method.tasks.items())

@@ -122,7 +122,7 @@ def route(logits: Logits, *, mode: RoutingMode = "top1", given: TaskIds | None =
 
     Raises:
         ConfigError: Unknown mode, or `given` without mode "given" or the other way round.
-        ShapeError: A given task does not exist.
+        ShapeError: A given task does not exist, or there is not one for each text.
 
     Source:
         Quan 2024, arXiv:2403.01197 (top-1 outer layer). "soft" is ours. Slow form:
@@ -133,19 +133,23 @@ def route(logits: Logits, *, mode: RoutingMode = "top1", given: TaskIds | None =
         >>> routing.task_ids.tolist(), routing.weights.tolist()
         ([1], [[0.0, 1.0, 0.0]])
     """
-    _check_mode(mode, given)
+    _check_choice(logits, mode, given)
     probs = at_least_float32(logits).softmax(dim=1)
     task_ids = logits.argmax(dim=1) if given is None else given
-    num_tasks = logits.shape[1]
-    wrong = task_ids[(task_ids < 0) | (task_ids >= num_tasks)]
-    if len(wrong):
-        raise ShapeError(f"route: there is no task {wrong[0].item()}; expected 0 to {num_tasks - 1}.")
-    weights = probs if mode == "soft" else F.one_hot(task_ids.long(), num_tasks).to(probs.dtype)
-    return Routing(task_ids, probs, weights)
+    one_hot = F.one_hot(task_ids.long(), logits.shape[1]).to(probs.dtype)
+    return Routing(task_ids, probs, probs if mode == "soft" else one_hot)
 
 
-def _check_mode(mode: str, given: Tensor | None) -> None:
+def _check_choice(logits: Tensor, mode: str, given: Tensor | None) -> None:
     if mode not in get_args(RoutingMode):
         raise ConfigError(f"route: unknown mode; got {mode!r}; choose 'top1', 'given' or 'soft'.")
     if (mode == "given") != (given is not None):
         raise ConfigError(f"route: pass given=task_ids with mode='given' and only then; got mode={mode!r}.")
+    if given is None:
+        return
+    num_texts, num_tasks = logits.shape
+    if given.shape != (num_texts,):
+        raise ShapeError(f"route: {given.numel()} given tasks for {num_texts} texts; pass one for each.")
+    wrong = given[(given < 0) | (given >= num_tasks)]
+    if len(wrong):
+        raise ShapeError(f"route: there is no task {wrong[0].item()}; expected 0 to {num_tasks - 1}.")

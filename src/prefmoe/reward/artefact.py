@@ -10,10 +10,10 @@ import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from prefmoe.errors import CheckpointError
-from prefmoe.reward.backbone import load_backbone, weights_hash
+from prefmoe.reward.backbone import load_backbone, new_backbone, weights_hash
 from prefmoe.reward.config import DMoERMConfig
 
 _BACKBONE = "backbone."
@@ -182,14 +182,14 @@ def _build_backbone(
     folder: Path, config: DMoERMConfig, *, dtype: torch.dtype, options: dict[str, Any]
 ) -> PreTrainedModel:
     if config.includes_backbone:
-        return AutoModel.from_config(config.text_config, dtype=dtype).requires_grad_(False).eval()
+        return new_backbone(config.text_config, dtype=dtype)
     if config.backbone is None:
         raise CheckpointError(f"{folder}: holds no backbone and names none; pass backbone=")
     return load_backbone(
         config.backbone,
         num_layers=config.text_config.num_hidden_layers,
         dtype=dtype,
-        max_length=config.max_length,
+        max_length=config.max_tokens,
         **options,
     )
 

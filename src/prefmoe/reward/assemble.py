@@ -198,7 +198,7 @@ def assemble_model(
         dense_tasks=any(key.endswith(".delta") for key in next(iter(states.values()))),
         pooling=sizes.pooling,
         aggregators=kinds,
-        max_length=bench.renderer.max_length,
+        max_tokens=bench.renderer.max_length,
         chat_template=bench.renderer.chat_template,
         template_hash=bench.renderer.template_hash,
         response_marker=list(bench.renderer.response_marker),

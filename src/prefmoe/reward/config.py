@@ -1,5 +1,6 @@
 """What a DMoERM reward model is made of, as a transformers config."""
 
+import copy
 from typing import Any, Self
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -29,7 +30,7 @@ class DMoERMConfig(PreTrainedConfig):
         pooling: "last" takes the state of the last token, "mean" the mean over the completion's tokens.
         aggregators: Kind of aggregator of every task.
         standardize: Whether rewards are given in standard deviations around the task's mean.
-        max_length: Longest text, tokens.
+        max_tokens: Longest text; not called max_length, which transformers keeps for generation.
         chat_template: Template that the model was trained with.
         template_hash: Hash of the rendering rules, checked by scorers.
         response_marker: Token ids that end every prompt; finds the prompt in bare token ids.
@@ -54,7 +55,7 @@ class DMoERMConfig(PreTrainedConfig):
         pooling: str = "last",
         aggregators: list[str] | None = None,
         standardize: bool = True,
-        max_length: int = 1024,
+        max_tokens: int = 1024,
         chat_template: str | None = None,
         template_hash: str | None = None,
         response_marker: list[int] | None = None,
@@ -62,7 +63,8 @@ class DMoERMConfig(PreTrainedConfig):
     ) -> None:
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config
+        # A copy: transformers writes the attention of this model into it, which must not reach a live backbone.
+        self.text_config = copy.deepcopy(text_config)
         self.backbone = backbone
         self.backbone_hash = backbone_hash
         self.includes_backbone = includes_backbone
@@ -75,7 +77,7 @@ class DMoERMConfig(PreTrainedConfig):
         self.pooling = pooling
         self.aggregators = list(aggregators or ["task_head"] * len(self.tasks))
         self.standardize = standardize
-        self.max_length = max_length
+        self.max_tokens = max_tokens
         self.chat_template = chat_template
         self.template_hash = template_hash
         self.response_marker = list(response_marker or [])

@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from prefmoe.errors import ConfigError
 from prefmoe.nn import RoutingMode, TaskRouter, build_aggregator, mean_tokens, pack_left
 from prefmoe.reward.artefact import ArtefactMixin
-from prefmoe.reward.backbone import embed, run_layers
+from prefmoe.reward.backbone import embed, new_backbone, run_layers
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.experts import Experts
 
@@ -58,7 +58,7 @@ class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
 
     def __init__(self, config: DMoERMConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config.check())
-        self.backbone = backbone if backbone is not None else AutoModel.from_config(config.text_config)
+        self.backbone = backbone if backbone is not None else new_backbone(config.text_config)
         self.backbone.requires_grad_(False)
         hidden, num_experts, num_tasks = (
             self.backbone.config.hidden_size,

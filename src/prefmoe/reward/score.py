@@ -110,7 +110,7 @@ class RewardModel:
         except (OSError, ValueError) as problem:
             raise CheckpointError(f"{folder}: holds no tokenizer; copy it from the training run") from problem
         config = model.config
-        renderer = Renderer(tokenizer, max_length=config.max_length, chat_template=config.chat_template)
+        renderer = Renderer(tokenizer, max_length=config.max_tokens, chat_template=config.chat_template)
         return cls(model, renderer, batch_tokens=batch_tokens)
 
     def score(
