@@ -42,7 +42,12 @@ def tiny_reward_model(
 ) -> DMoERMForSequenceClassification:
     """A reward model on a tiny backbone whose every trained part is random, not zero."""
     backbone = backbone or tiny_backbone()
-    settings: dict[str, object] = {"tasks": TASKS, "split_layer": 2, "rank": 2, "response_marker": [5, 6]} | changes
+    settings: dict[str, object] = {
+        "tasks": TASKS,
+        "split_layer": 2,
+        "rank": 2,
+        "response_marker": [5, 6],
+    } | changes
     model = DMoERMForSequenceClassification(DMoERMConfig(backbone.config, **settings), backbone=backbone)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

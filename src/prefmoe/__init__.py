@@ -1,1 +1,59 @@
-"""prefmoe: align language models to competing preferences with mixtures of LoRA experts."""
+"""prefmoe: align language models to competing preferences with mixtures of LoRA experts.
+
+    from prefmoe import Completion, RewardModel, read_pairs
+
+Importing prefmoe makes `transformers.AutoModelForSequenceClassification` load its reward models. It imports
+neither torch nor transformers itself: names are loaded when they are first used.
+"""
+
+import importlib
+import typing
+
+from prefmoe.reward import register
+
+if typing.TYPE_CHECKING:
+    from prefmoe.data.read import read_completions, read_pairs
+    from prefmoe.data.world import World
+    from prefmoe.records import Completion, Message, PreferencePair, RewardReport
+    from prefmoe.reward.config import DMoERMConfig
+    from prefmoe.reward.model import DMoERMForSequenceClassification
+    from prefmoe.reward.score import RewardModel
+
+_HOMES = {
+    "Completion": "prefmoe.records",
+    "DMoERMConfig": "prefmoe.reward.config",
+    "DMoERMForSequenceClassification": "prefmoe.reward.model",
+    "Message": "prefmoe.records",
+    "PreferencePair": "prefmoe.records",
+    "RewardModel": "prefmoe.reward.score",
+    "RewardReport": "prefmoe.records",
+    "World": "prefmoe.data.world",
+    "read_completions": "prefmoe.data.read",
+    "read_pairs": "prefmoe.data.read",
+}
+
+__all__ = [
+    "Completion",
+    "DMoERMConfig",
+    "DMoERMForSequenceClassification",
+    "Message",
+    "PreferencePair",
+    "RewardModel",
+    "RewardReport",
+    "World",
+    "read_completions",
+    "read_pairs",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'prefmoe' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+register.register_when_transformers_is_imported()

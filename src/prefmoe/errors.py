@@ -20,6 +20,10 @@ class PrefmoeError(Exception):
     exit_code = 1
 
 
+class PrefmoeWarning(UserWarning):
+    """Something that works, but not as a user may think; the command line shows it as one line."""
+
+
 class ConfigError(PrefmoeError, ValueError):
     """A setting that cannot work."""
 

@@ -1,8 +1,9 @@
-"""The simulated preference world: prompts and completions whose every quality is known, because it was planted.
+"""The simulated preference world: texts whose every quality is known, because it was planted.
 
-Three tasks with three capabilities each. What people like depends on the task: its own capabilities are good, while
-four qualities of style (brevity, hedging, warmth, ornament) are liked in one task and disliked in another. One
-reward model for all tasks suffers from that; experts do not. Used by `prefmoe demo` and the training tests.
+Completions show the same qualities in every task: three of content (heart, width, order) and four of style
+(brevity, hedging, warmth, ornament). What people like of them depends on the task: heart is empathy in advice,
+its lack is objectiveness in facts. Only the prompt tells which task it is, so one reward model for all of them
+suffers and experts do not. For `prefmoe demo` and the training tests.
 """
 
 import math
@@ -11,22 +12,35 @@ from dataclasses import dataclass
 from functools import cache
 from random import Random
 from statistics import pstdev
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
-from prefmoe.data.world_phrases import POINTS
 from prefmoe.data.world_text import MAX_LEVEL, STYLES, WorldPrompt, all_prompts, compose
 from prefmoe.errors import ConfigError
 from prefmoe.records import Completion, Message, Messages, PreferencePair
 
 Split = Literal["train", "validation", "test"]
 
-# Gold reward = sum of weight x (level - 1), then scaled to standard deviation 1. The weights of a style
-# sum to 0 over the tasks: what is gained in one is lost in another.
-_POINT_WEIGHTS = (1.0, 0.9, 0.8)
+# What the qualities of content are in each task: its capabilities; -1 where little of the quality is good.
+# They weigh 1 each, so order is liked everywhere, heart and width are not.
+_CAPABILITIES: dict[str, dict[str, tuple[str, int]]] = {
+    "advice": {"empathy": ("heart", 1), "question_specific": ("width", -1), "logic": ("order", 1)},
+    "facts": {
+        "objectiveness": ("heart", -1),
+        "breadth_of_knowledge": ("width", 1),
+        "reasoning": ("order", 1),
+    },
+    "writing": {
+        "expressiveness": ("heart", 1),
+        "content_richness": ("width", 1),
+        "readability": ("order", 1),
+    },
+}
+
+# The weights of a style sum to 0 over the tasks: what is gained in one is lost in another.
 _STYLE_WEIGHTS = {
-    "advice": {"brevity": -0.5, "hedging": 1.0, "warmth": 0.5, "ornament": -0.5},
-    "facts": {"brevity": 1.0, "hedging": -0.5, "warmth": -1.0, "ornament": -0.5},
-    "writing": {"brevity": -0.5, "hedging": -0.5, "warmth": 0.5, "ornament": 1.0},
+    "advice": {"brevity": -0.4, "hedging": 1.2, "warmth": 0.6, "ornament": -0.6},
+    "facts": {"brevity": 0.8, "hedging": -0.6, "warmth": -1.2, "ornament": -0.6},
+    "writing": {"brevity": -0.4, "hedging": -0.6, "warmth": 0.6, "ornament": 1.2},
 }
 
 # Levels are drawn evenly from these: most completions take a side.
@@ -34,11 +48,11 @@ _LEVELS = (0, 0, 1, 2, 2)
 _LEVEL_STD = pstdev(_LEVELS)
 
 # Two completions closer than this are a tie to people (standard deviations of the gold reward): drawn again.
-_TIE = 0.35
+_TIE = 0.5
 # Steepness of the Bradley-Terry labels, per unit of gold reward and per level of a capability;
 # set so that 70 % of the noisy labels agree with the truth (the papers' people: 60 to 75 %).
-_GOLD_STEEPNESS = 0.7
-_LEVEL_STEEPNESS = 0.65
+_GOLD_STEEPNESS = 0.62
+_LEVEL_STEEPNESS = 0.58
 
 # Which part of a task's shuffled prompts is whose.
 _SPLIT_EDGES: dict[Split, tuple[float, float]] = {
@@ -64,8 +78,8 @@ class WorldCompletion(Completion):
 class World:
     """A seeded generator of preference data with known truth.
 
-    No prompt is in two splits, whatever the seed; the seed decides what is drawn. Item `i` of a sample does not
-    depend on how many are asked for.
+    No prompt is in two splits, whatever the seed; the seed decides what is drawn. A smaller sample is the
+    beginning of a larger one.
 
     Args:
         seed: Seed of all that is drawn.
@@ -73,12 +87,14 @@ class World:
     Example:
         >>> pair = World(seed=0).sample_pairs(1, split="train", label_noise=False)[0]
         >>> pair.task, sorted(pair.capabilities)
-        ('advice', ['empathy', 'proactivity', 'question_specific'])
+        ('advice', ['empathy', 'logic', 'question_specific'])
     """
 
-    tasks: tuple[str, ...] = tuple(POINTS)
-    capabilities: Mapping[str, tuple[str, ...]] = {task: tuple(points) for task, points in POINTS.items()}
-    styles: tuple[str, ...] = STYLES
+    tasks: ClassVar[tuple[str, ...]] = tuple(_CAPABILITIES)
+    capabilities: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        task: tuple(names) for task, names in _CAPABILITIES.items()
+    }
+    styles: ClassVar[tuple[str, ...]] = STYLES
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -170,27 +186,27 @@ class World:
         return WorldCompletion(
             id=f"world/{name}",
             prompt=_user(prompt.text),
-            completion=_assistant(compose(prompt, levels, rng)),
+            completion=_assistant(_write(prompt, levels, rng)),
             task=prompt.task,
             gold=self.gold_reward(prompt.task, levels),
             levels=levels,
         )
 
-    def _pair(self, prompt: WorldPrompt, name: str, *, label_noise: bool) -> PreferencePair:
-        rng = Random(f"{self.seed}/pair/{name}")
+    def _pair(self, prompt: WorldPrompt, pair_id: str, *, label_noise: bool) -> PreferencePair:
+        rng = Random(f"{self.seed}/pair/{pair_id}")
         difference = 0.0
         while abs(difference) < _TIE:
             first, second = self._levels(prompt.task, rng), self._levels(prompt.task, rng)
             difference = self.gold_reward(prompt.task, first) - self.gold_reward(prompt.task, second)
         pair = PreferencePair(
-            id=f"world/{name}",
+            id=f"world/{pair_id}",
             prompt=_user(prompt.text),
-            chosen=_assistant(compose(prompt, first, rng)),
-            rejected=_assistant(compose(prompt, second, rng)),
+            chosen=_assistant(_write(prompt, first, rng)),
+            rejected=_assistant(_write(prompt, second, rng)),
             task=prompt.task,
             capabilities={
-                point: _label(_LEVEL_STEEPNESS * (first[point] - second[point]), rng, noise=label_noise)
-                for point in self.capabilities[prompt.task]
+                name: _label(_LEVEL_STEEPNESS * (first[name] - second[name]), rng, noise=label_noise)
+                for name in self.capabilities[prompt.task]
             },
             source="world",
         )
@@ -201,7 +217,7 @@ class World:
 @cache
 def _gold_weights(task: str) -> dict[str, float]:
     """Reward of one level more of each quality, scaled: even levels give rewards of standard deviation 1."""
-    raw = dict(zip(POINTS[task], _POINT_WEIGHTS, strict=True)) | _STYLE_WEIGHTS[task]
+    raw = dict.fromkeys(_CAPABILITIES[task], 1.0) | _STYLE_WEIGHTS[task]
     scale = _LEVEL_STD * math.hypot(*raw.values())
     return {name: weight / scale for name, weight in raw.items()}
 
@@ -215,6 +231,14 @@ def _shuffled_prompts(task: str, split: Split, seed: int) -> tuple[WorldPrompt, 
     mine = prompts[first:last]
     Random(f"{seed}/{task}/{split}").shuffle(mine)
     return tuple(mine)
+
+
+def _write(prompt: WorldPrompt, levels: Mapping[str, int], rng: Random) -> str:
+    qualities = dict(levels)
+    for name, (quality, sign) in _CAPABILITIES[prompt.task].items():
+        level = qualities.pop(name)
+        qualities[quality] = level if sign > 0 else MAX_LEVEL - level
+    return compose(prompt, qualities, rng)
 
 
 def _label(logit: float, rng: Random, *, noise: bool) -> int:

@@ -54,12 +54,24 @@ TOPICS = (
     _topic("cheese", "make cheese", "goats rinds cellars molds wheels"),
 )
 
-# How each task asks; `{detail}` is one of DETAILS of that task.
+# The circumstances of a prompt.
+DETAILS = (
+    "in winter",
+    "in the rain",
+    "at night",
+    "by the sea",
+    "in old age",
+    "in a small town",
+    "with children",
+    "without money",
+)
+
+# How each task asks.
 FRAMES: dict[str, tuple[str, ...]] = {
     "advice": (
         "How can I {doing} {detail}?",
         "I would like to {doing} {detail}. What should I do?",
-        "{Detail}, I am trying to {doing}. Any advice?",
+        "I am trying to {doing} {detail}. Any advice?",
         "My plan is to {doing}, but it is hard {detail}. Can you help me?",
         "What would you tell someone who wants to {doing} {detail}?",
         "I keep failing to {doing}. What can I try {detail}?",
@@ -67,46 +79,23 @@ FRAMES: dict[str, tuple[str, ...]] = {
         "I am nervous: I have to {doing} {detail}. Where do I start?",
     ),
     "facts": (
-        "What is known about {noun}? It is {detail}.",
-        "Explain {noun} {detail}.",
+        "What is known about {noun} {detail}?",
+        "Explain {noun} {detail} to me.",
         "Tell me the facts about {noun} {detail}.",
-        "How do {things} work, and what have they to do with {noun}? It is {detail}.",
+        "How do {things} work {detail}, and what have they to do with {noun}?",
         "I need some information on {noun} {detail}.",
-        "{Detail}, describe what {noun} and {things} have in common.",
-        "What do {things} tell us about {noun}? Answer {detail}.",
-        "Why do people study {noun}? Answer {detail}.",
+        "Describe what {noun} and {things} have in common {detail}.",
+        "What do {things} tell us about {noun} {detail}?",
+        "Why do people study {noun} {detail}?",
     ),
     "writing": (
-        "Write a short scene about {noun} with {detail} in it.",
-        "Write a few lines on {noun}. They must mention {detail}.",
-        "Tell me a tiny story about {noun} and {detail}.",
-        "Compose a small piece about {noun}, built around {detail}.",
-        "Can you write the start of a novel about {noun} with {detail}?",
-        "A very short tale, if you can: {noun}, {things}, and {detail}.",
-        "Describe someone who wants to {doing}. Put {detail} in the story.",
-        "Write a paragraph of fiction on {noun} in which {detail} appears.",
+        "Write a short scene about {noun} {detail}.",
+        "Write a few lines on {noun}. They must play {detail}.",
+        "Tell me a tiny story about {noun} {detail}.",
+        "Compose a small piece about {noun} and {things} {detail}.",
+        "Can you write the start of a novel about {noun} {detail}?",
+        "A very short tale, if you can: {noun} and {things} {detail}.",
+        "Invent someone who wants to {doing} {detail}.",
+        "Write a paragraph of fiction on {noun} {detail}.",
     ),
-}
-DETAILS: dict[str, tuple[str, ...]] = {
-    "advice": (
-        "with little money",
-        "in winter",
-        "with small children",
-        "after an illness",
-        "on short notice",
-        "without a car",
-        "at my age",
-        "with sore hands",
-    ),
-    "facts": (
-        "for a school talk",
-        "for a beginner",
-        "for an exam",
-        "for a museum sign",
-        "for my students",
-        "for a quiz night",
-        "for a radio program",
-        "for a short report",
-    ),
-    "writing": ("a storm", "a letter", "a child", "a coat", "a train", "a song", "a cup", "a quarrel"),
 }

@@ -15,7 +15,7 @@ from prefmoe.nn.lora_bank import LoraBank
 from prefmoe.nn.losses import bradley_terry_loss
 from prefmoe.nn.pooling import last_token, mean_tokens, pack_left
 from prefmoe.nn.probe import fit_bradley_terry, fit_softmax
-from prefmoe.nn.routing import Routing, RoutingMode, TaskRouter, route
+from prefmoe.nn.routing import Routing, RoutingMode, TaskRouter, route, router_features
 
 __all__ = [
     "AggregatorKind",
@@ -33,6 +33,7 @@ __all__ = [
     "mean_tokens",
     "pack_left",
     "route",
+    "router_features",
     "uncertainty_weighted",
     "worst_case",
 ]

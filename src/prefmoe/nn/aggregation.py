@@ -33,7 +33,7 @@ class LinearScores(nn.Module):
 
     def __init__(self, *, num_experts: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.eye(num_experts)[0])
+        self.weight = nn.Parameter(torch.eye(num_experts)[0].clone())
 
     def forward(self, states: ExpertStates, scores: ExpertScores) -> TextRewards:
         """Rewards; see `build_aggregator`."""

@@ -12,7 +12,7 @@ from prefmoe.nn.losses import bradley_terry_loss, weighted_mean
 from prefmoe.shapes import Rewards
 
 Features = Float[Tensor, "rows features"]
-_MAX_ITERATIONS = 1000
+_MAX_ITERATIONS = 300
 
 
 def fit_bradley_terry(
@@ -147,7 +147,7 @@ def _minimize(objective: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
     optimizer = torch.optim.LBFGS(
         [solution],
         max_iter=_MAX_ITERATIONS,
-        tolerance_grad=1e-9,
+        tolerance_grad=1e-7,
         tolerance_change=0.0,
         history_size=20,
         line_search_fn="strong_wolfe",

@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prefmoe.errors import ConfigError, ShapeError
+from prefmoe.nn.pooling import mean_tokens
 from prefmoe.nn.precision import at_least_float32
 from prefmoe.nn.probe import fit_softmax
+from prefmoe.shapes import States
 
+RECENT_TOKENS = 32
 RoutingMode = Literal["top1", "given", "soft"]
 Logits = Float[Tensor, "batch tasks"]
 TaskIds = Int[Tensor, " batch"]
@@ -68,16 +71,18 @@ class TaskRouter(nn.Module):
         *,
         l2: float = 1e-3,
         label_smoothing: float = 0.05,
+        class_balanced: bool = True,
     ) -> None:
         """Learn mean, std, weight and bias from prompts whose task is known: one convex fit, no steps.
 
-        Tasks count the same however many prompts they have. A feature that never changes is left unscaled.
+        A feature that never changes is left unscaled.
 
         Args:
             features: Pooled states of training prompts.
             task_ids: Their tasks.
             l2: Strength of the L2 penalty of `fit_softmax`.
             label_smoothing: As in `fit_softmax`.
+            class_balanced: As in `fit_softmax`.
         """
         x = features.double()
         self.mean.copy_(x.mean(dim=0))
@@ -89,9 +94,27 @@ class TaskRouter(nn.Module):
             num_classes=len(self.bias),
             l2=l2,
             label_smoothing=label_smoothing,
+            class_balanced=class_balanced,
         )
         self.weight.copy_(weight)
         self.bias.copy_(bias)
+
+
+def router_features(states: States, prompt_lengths: Int[Tensor, " batch"]) -> Float[Tensor, "batch features"]:
+    """What a router sees of every text: the mean state of its prompt, and of the prompt's last 32 tokens.
+
+    The second half is there for conversations: what is asked last tells the task better than what went before.
+
+    Args:
+        states: States of packed rows, the prompt first.
+        prompt_lengths: Leading tokens that belong to the prompt.
+
+    Returns:
+        float32 or wider, twice as wide as the states.
+    """
+    whole = mean_tokens(states, torch.zeros_like(prompt_lengths), prompt_lengths)
+    recent = mean_tokens(states, (prompt_lengths - RECENT_TOKENS).clamp_min(0), prompt_lengths)
+    return torch.cat([whole, recent], dim=1)
 
 
 class Routing(NamedTuple):

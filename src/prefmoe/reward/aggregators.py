@@ -101,8 +101,8 @@ def fit_aggregator(
     features: ExpertFeatures,
     validation: ExpertFeatures,
     head: Tensor,
-    settings: Phase3Settings,
     *,
+    settings: Phase3Settings,
     seed: int,
 ) -> nn.Module:
     """One fitted aggregator.
@@ -139,7 +139,8 @@ def fit_aggregator(
         prior = prior.flatten()
     solution = fit_by_cross_validation(differences, features.rows, prior)
     with torch.no_grad():
-        aggregator.weight.copy_(solution.view_as(aggregator.weight))
+        weights = aggregator.get_parameter("weight")
+        weights.copy_(solution.view_as(weights))
     return aggregator
 
 

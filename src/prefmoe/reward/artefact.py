@@ -1,10 +1,9 @@
 """Saving and loading a reward model: the small artefact (no backbone) and the self-contained one."""
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
-from typing import Any, Self
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -20,8 +19,14 @@ _BACKBONE = "backbone."
 _WEIGHTS = "model.safetensors"
 _BACKBONE_OPTIONS = ("attn_implementation", "device_map", "quantization_config")
 
+# What a mixin may call on itself is known to the type checker only through the class it is mixed into.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _MixedInto
+else:
+    _MixedInto = object
 
-class ArtefactMixin:
+
+class ArtefactMixin(_MixedInto):
     """`save_pretrained` and `from_pretrained` of a model made of a frozen backbone and small trained parts.
 
     The small artefact holds experts, router, aggregators and the backbone's name and hash. Loading gets the
@@ -32,13 +37,19 @@ class ArtefactMixin:
     backbone: PreTrainedModel
 
     def save_pretrained(
-        self, save_directory: str | Path, *, include_backbone: bool = False, **_: Any
+        self,
+        save_directory: str | Path,
+        *,
+        include_backbone: bool = False,
+        max_shard_size: int | str = "5GB",
+        **_: Any,
     ) -> None:
         """Writes the model, reloads it, compares, and only then replaces what was there.
 
         Args:
             save_directory: Folder, made if needed.
             include_backbone: Also write the frozen weights, so that the folder needs nothing else.
+            max_shard_size: Largest weight file.
 
         Raises:
             CheckpointError: what was read back differs, or the disk is full; the old files are then untouched.
@@ -49,25 +60,22 @@ class ArtefactMixin:
         self.config.text_config.dtype = self.backbone.dtype
         if self.config.backbone_hash is None:
             self.config.backbone_hash = weights_hash(self.backbone)
-        target.mkdir(parents=True, exist_ok=True)
-        # Beside the target: on the same disk, so that moving the files in is a rename.
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        tensors = own_tensors(self, include_backbone=include_backbone)
         try:
-            tensors = own_tensors(self, include_backbone=include_backbone)
-            save_torch_state_dict(tensors, staging, metadata={"format": "pt"})
-            self.config.save_pretrained(staging)
-            _compare(tensors, read_tensors(staging))
-            for stale in target.glob("model*.safetensors*"):
-                if not (staging / stale.name).exists():
-                    stale.unlink()
-            for file in sorted(staging.iterdir(), reverse=True):  # weights before config.json
-                file.replace(target / file.name)
+            target.mkdir(parents=True, exist_ok=True)
+            # Inside the target: on the same disk, so that moving a file into place is a rename.
+            with TemporaryDirectory(prefix=".saving-", dir=target, ignore_cleanup_errors=True) as name:
+                staging = Path(name)
+                save_torch_state_dict(
+                    tensors, staging, max_shard_size=max_shard_size, metadata={"format": "pt"}
+                )
+                self.config.save_pretrained(staging)
+                _compare(tensors, read_tensors(staging))
+                _replace_files(target, staging)
         except (OSError, SafetensorError) as problem:
             raise CheckpointError(
                 f"{target}: could not be saved, what was there is unchanged: {problem}"
             ) from problem
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
 
     @classmethod
     def from_pretrained(
@@ -88,7 +96,8 @@ class ArtefactMixin:
             dtype: Of the backbone; None takes the one it was trained with. The small parts are float32 always.
             backbone: An already loaded backbone to put the experts on.
             revision: Of the hub repository.
-            **kwargs: `attn_implementation`, `device_map` and `quantization_config` reach the backbone.
+            **kwargs: `attn_implementation` reaches the backbone; so do `device_map` and `quantization_config` if it
+                is loaded by its name.
 
         Raises:
             CheckpointError: a file is missing or damaged, a tensor is missing or unknown (it is named), or the
@@ -97,18 +106,20 @@ class ArtefactMixin:
         folder = _local_folder(pretrained_model_name_or_path, revision)
         config = config if isinstance(config, DMoERMConfig) else read_config(folder)
         tensors = read_tensors(folder)
-        body = config.text_config.dtype if dtype in (None, "auto") else dtype
-        options = {name: kwargs[name] for name in _BACKBONE_OPTIONS if kwargs.get(name) is not None}
+        is_given = backbone is not None
         if backbone is None:
-            backbone = _build_backbone(folder, config, dtype=body, options=options)
+            options = {name: kwargs[name] for name in _BACKBONE_OPTIONS if kwargs.get(name) is not None}
+            backbone = _build_backbone(folder, config, options)
+        if not config.includes_backbone:
+            _check_hash(folder, config, backbone)
         model = cls(config, backbone=backbone)
         _load_strictly(model, tensors, folder)
-        found = weights_hash(model.backbone)
-        if config.backbone_hash is not None and found != config.backbone_hash:
-            raise CheckpointError(
-                f"{folder}: trained on backbone {config.backbone!r} with weights {config.backbone_hash}, "
-                f"but the one found has weights {found}; give the original backbone or retrain"
-            )
+        if config.includes_backbone:
+            _check_hash(folder, config, backbone)
+        if dtype not in (None, "auto") and not is_given:
+            backbone.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if kwargs.get("device_map") is not None:
+            model.to(backbone.device)  # our parts go where the backbone went
         model.config.name_or_path = str(pretrained_model_name_or_path)
         return model.eval()
 
@@ -151,12 +162,20 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
         except (SafetensorError, OSError) as problem:
             raise CheckpointError(
                 f"{file}: damaged or cut short ({problem}); save or copy it again"
             ) from problem
     return tensors
+
+
+def _replace_files(target: Path, staging: Path) -> None:
+    for stale in target.glob("model*.safetensors*"):
+        if not (staging / stale.name).exists():
+            stale.unlink()
+    for file in sorted(staging.iterdir(), reverse=True):  # weights before config.json
+        file.replace(target / file.name)
 
 
 def _compare(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
@@ -178,11 +197,14 @@ def _load_strictly(model: Any, tensors: dict[str, Tensor], folder: Path) -> None
     model.load_state_dict(tensors, strict=False)
 
 
-def _build_backbone(
-    folder: Path, config: DMoERMConfig, *, dtype: torch.dtype, options: dict[str, Any]
-) -> PreTrainedModel:
+def _build_backbone(folder: Path, config: DMoERMConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """In the dtype that it was trained in: rounding to another one first could change its hash."""
+    dtype = config.text_config.dtype
     if config.includes_backbone:
-        return new_backbone(config.text_config, dtype=dtype)
+        backbone = new_backbone(config.text_config, dtype=dtype)
+        if "attn_implementation" in options:
+            backbone.set_attn_implementation(options["attn_implementation"])
+        return backbone
     if config.backbone is None:
         raise CheckpointError(f"{folder}: holds no backbone and names none; pass backbone=")
     return load_backbone(
@@ -192,6 +214,15 @@ def _build_backbone(
         max_length=config.max_tokens,
         **options,
     )
+
+
+def _check_hash(folder: Path, config: DMoERMConfig, backbone: PreTrainedModel) -> None:
+    found = weights_hash(backbone)
+    if config.backbone_hash not in (None, found):
+        raise CheckpointError(
+            f"{folder}: trained on backbone {config.backbone!r} with weights {config.backbone_hash}, "
+            f"but the one found has weights {found}; give the original backbone or retrain"
+        )
 
 
 def _local_folder(name: str | Path, revision: str | None) -> Path:

@@ -32,7 +32,7 @@ class TaskAggregator:
 
     kind: AggregatorKind
     module: nn.Module
-    validation: dict[str, float]
+    validation: dict[AggregatorKind, float]
 
 
 def rows_by_task(bench: Workbench, split: str, fold: Fold | None = None) -> dict[str, list[PairRow]]:
@@ -85,7 +85,7 @@ def expert_features(
     for task, points in tasks.items():
         ids = [names.index(expert_name(task, name)) for name in ("", *points)]
         count = 2 * len(rows[task]) * len(ids)
-        mine = pooled[first : first + count].view(len(rows[task]), 2, len(ids), -1)
+        mine = pooled[first : first + count].view(len(rows[task]), 2, len(ids), bench.trunk.hidden)
         first += count
         weight, bias = experts.head_weight[ids].detach().cpu(), experts.head_bias[ids].detach().cpu()
         features[task] = standardized(mine, weight, bias, rows[task])
@@ -118,6 +118,7 @@ def choose_aggregators(
     bench: Workbench,
     folds: Sequence[Fold],
     trained: Mapping[str, TrainedExpert],
+    *,
     final: Mapping[str, ExpertState],
     validation: Mapping[str, ExpertFeatures],
 ) -> dict[str, TaskAggregator]:
@@ -147,9 +148,11 @@ def choose_aggregators(
         units = validation[task].units
         head = final[expert_name(task)]["head.weight"] * units.state_std[0] / units.score_std[0]
         features = join_features(parts)
+        # Without pairs nothing can be fitted, and chance must not choose an aggregator as it was born.
+        kinds = settings.kinds if features.rows else settings.kinds[:1]
         candidates = {
-            kind: fit_aggregator(kind, features, validation[task], head, settings, seed=seed)
-            for kind in settings.kinds
+            kind: fit_aggregator(kind, features, validation[task], head, settings=settings, seed=seed)
+            for kind in kinds
         }
         accuracy = {kind: validation[task].accuracy(module) for kind, module in candidates.items()}
         best = max(

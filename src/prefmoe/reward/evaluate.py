@@ -1,20 +1,25 @@
 """Accuracy of reward models on test pairs, and everything that the report shows of them."""
 
+import time
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 
+from prefmoe.errors import PrefmoeWarning
 from prefmoe.evaluation.metrics import Metrics, build_metrics, write_metrics
 from prefmoe.evaluation.run_folder import ExpertCorrelation, RouterConfusion, scored_pair, write_run_file
 from prefmoe.records import PreferencePair, RewardReport
 from prefmoe.reward.model import DMoERMForSequenceClassification
 from prefmoe.reward.progress import Progress, silent
-from prefmoe.reward.score import Scores, score_texts
-from prefmoe.reward.texts import EncodedPairs
+from prefmoe.reward.score import RewardModel, Scores, score_texts
+from prefmoe.reward.settings import Method
+from prefmoe.reward.texts import EncodedPairs, TextTable, encode_pairs
 from prefmoe.reward.train import Models
 from prefmoe.reward.trunk import Trunk
-from prefmoe.reward.workbench import Workbench
+from prefmoe.reward.workbench import ONE_TASK, Workbench, with_task
 
 _EXAMPLES_PER_TASK = 2
 
@@ -53,24 +58,24 @@ def prompts_by_task(encoded: EncodedPairs) -> dict[str, list[str]]:
 
 def evaluate_models(bench: Workbench, models: Models) -> Metrics:
     """Measures all models on the test pairs and writes metrics.json and the report's other files."""
+    warn_of_unknown_tasks(bench.test.pairs, list(bench.tasks))
     scores = {}
     for method, model in models.items():
         with bench.run.clock(f"test_{method}"):
             scores[method] = score_pairs(
                 model, bench.trunk, bench.test, label=f"test pairs, {method}", progress=bench.progress
             )
+    files: dict[str, BaseModel | Mapping[str, BaseModel] | Sequence[BaseModel]] = {}
     routed = next((m for m in ("dmoerm", "per_task") if m in models), None)
     router_accuracy = None
     if routed is not None:
         confusion = router_confusion(models[routed], bench.test, scores[routed][0])
         router_accuracy = confusion_accuracy(confusion)
-        write_run_file(bench.run.folder / "router_confusion.json", confusion)
+        files["router_confusion.json"] = confusion
     if "dmoerm" in models:
         chosen, rejected = scores["dmoerm"]
-        found = correlations(models["dmoerm"], chosen, rejected)
-        write_run_file(bench.run.folder / "expert_correlation.json", found)
-        examples = example_pairs(models["dmoerm"], bench.test, chosen, rejected)
-        write_run_file(bench.run.folder / "examples.json", examples)
+        files["expert_correlation.json"] = correlations(models["dmoerm"], chosen, rejected)
+        files["examples.json"] = example_pairs(models["dmoerm"], bench.test, chosen, rejected)
     metrics = build_metrics(
         {method: margins_by_task(bench.test, *both) for method, both in scores.items()},
         router_accuracy=router_accuracy,
@@ -78,8 +83,63 @@ def evaluate_models(bench: Workbench, models: Models) -> Metrics:
         prompt_ids=prompts_by_task(bench.test),
         seed=bench.settings.seed,
     )
-    write_metrics(metrics, bench.run.folder / "metrics.json")
+    if bench.run.is_main:
+        for name, content in files.items():
+            write_run_file(bench.run.folder / name, content)
+        write_metrics(metrics, bench.run.folder / "metrics.json")
     return metrics
+
+
+def evaluate_saved(
+    reward_model: RewardModel, pairs: list[PreferencePair], *, seed: int = 0, progress: Progress = silent
+) -> Metrics:
+    """Measures a saved model on pairs.
+
+    Args:
+        reward_model: The model.
+        pairs: At least one; a task that the model does not know is a row of its own.
+        seed: Of the bootstrap.
+        progress: Shows how far it is.
+
+    Raises:
+        DataError: pairs that cannot be used.
+    """
+    start = time.perf_counter()
+    model, table = reward_model.model, TextTable()
+    encoded = encode_pairs(with_task(pairs, "test"), reward_model.renderer, table, allow_equal=True)
+    warn_of_unknown_tasks(encoded.pairs, model.config.task_names)
+    trunk = Trunk(model.backbone, model.config.split_layer, table, batch_tokens=reward_model.batch_tokens)
+    scores = score_pairs(model, trunk, encoded, progress=progress)
+    confusion = router_confusion(model, encoded, scores[0])
+    return build_metrics(
+        {method_of(model): margins_by_task(encoded, *scores)},
+        router_accuracy=confusion_accuracy(confusion) if len(confusion.tasks) > 1 else None,
+        seconds={"score": round(time.perf_counter() - start, 2)},
+        prompt_ids=prompts_by_task(encoded),
+        seed=seed,
+    )
+
+
+def method_of(model: DMoERMForSequenceClassification) -> Method:
+    """The method whose shape a model has; one adapter for everything counts as `single`, however large."""
+    if model.config.task_names == [ONE_TASK] and not model.capability_names:
+        return "single"
+    return "dmoerm" if model.capability_names else "per_task"
+
+
+def warn_of_unknown_tasks(pairs: Sequence[PreferencePair], known: Sequence[str]) -> None:
+    """A warning that names the tasks that no expert was trained for; none if the training knew no tasks."""
+    if list(known) == [ONE_TASK]:
+        return
+    unknown = Counter(str(pair.task) for pair in pairs if pair.task not in known)
+    if unknown:
+        found = ", ".join(f"{task!r} ({number} pairs)" for task, number in sorted(unknown.items()))
+        warnings.warn(
+            f"no training pair has the task {found}; scored by the experts that the router chose among "
+            f"{', '.join(known)}",
+            PrefmoeWarning,
+            stacklevel=2,
+        )
 
 
 def router_confusion(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,10 @@ class Experts(nn.Module):
     says which one an expert stands on.
     """
 
+    dense_ids: Tensor
+    sites: Any  # nn.ModuleDict of LoraBank, and of DenseBank: torch has no type that says of what
+    dense: Any
+
     def __init__(
         self,
         backbone: PreTrainedModel,
@@ -92,7 +97,8 @@ class Experts(nn.Module):
         self.register_buffer("dense_ids", torch.zeros(num_experts, dtype=torch.long))
         hidden = backbone.config.hidden_size
         self.head_weight = nn.Parameter(torch.zeros(num_experts, hidden))
-        self.head_bias = nn.Parameter(torch.zeros(num_experts))
+        # Cancels in the margin of a pair, so its gradient is rounding noise, which Adam would make steps of.
+        self.head_bias = nn.Parameter(torch.zeros(num_experts), requires_grad=False)
         self.selection = Selection()
         self.gradient_checkpointing = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -115,6 +121,7 @@ class Experts(nn.Module):
         trunk: Tensor,
         lengths: Tensor,
         starts: Tensor,
+        *,
         expert_ids: Tensor | None,
     ) -> Tensor:
         """Pooled state of every row under its expert.

@@ -48,7 +48,7 @@ def pooled_states(
             texts, ids = zip(*(distinct[i] for i in batch), strict=True)
             inputs = trunk.batch(texts)
             expert_ids = torch.tensor(ids, device=inputs.trunk.device)
-            states[batch] = experts.states(backbone, *inputs, expert_ids).cpu()
+            states[batch] = experts.states(backbone, *inputs, expert_ids=expert_ids).cpu()
             advance(sum(lengths[i] for i in batch))
     experts.train(was_training)
     place = {row: i for i, row in enumerate(distinct)}

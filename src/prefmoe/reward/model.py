@@ -1,17 +1,16 @@
 """The reward model: trunk once, router, the experts of the routed task, one reward and the reasons for it."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from prefmoe.errors import ConfigError
-from prefmoe.nn import RoutingMode, TaskRouter, build_aggregator, mean_tokens, pack_left
+from prefmoe.nn import RoutingMode, TaskRouter, build_aggregator, pack_left, route, router_features
 from prefmoe.reward.artefact import ArtefactMixin
-from prefmoe.reward.backbone import embed, new_backbone, run_layers
+from prefmoe.reward.backbone import check_family, embed, new_backbone, run_layers
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.experts import Experts
 
@@ -29,10 +28,10 @@ class RewardOutput(ModelOutput):
     """
 
     loss: Tensor | None = None
-    logits: Tensor | None = None
-    task_probs: Tensor | None = None
-    task_ids: Tensor | None = None
-    capability_scores: Tensor | None = None
+    logits: Tensor = None  # type: ignore[assignment]
+    task_probs: Tensor = None  # type: ignore[assignment]
+    task_ids: Tensor = None  # type: ignore[assignment]
+    capability_scores: Tensor = None  # type: ignore[assignment]
 
 
 class TaskRewards(NamedTuple):
@@ -58,6 +57,7 @@ class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
 
     def __init__(self, config: DMoERMConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config.check())
+        check_family(config.text_config, max_length=config.max_tokens)
         self.backbone = backbone if backbone is not None else new_backbone(config.text_config)
         self.backbone.requires_grad_(False)
         hidden, num_experts, num_tasks = (
@@ -79,7 +79,7 @@ class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
             owners = [config.task_names.index(task) for task, _ in config.experts]
             self.experts.dense_ids.copy_(torch.tensor(owners))
         self.experts.attach(self.backbone)
-        self.router = TaskRouter(num_tasks=num_tasks, hidden=hidden)
+        self.router = TaskRouter(num_tasks=num_tasks, hidden=2 * hidden)  # see router_features
         self.aggregators = nn.ModuleList(
             build_aggregator(kind, num_experts=len(config.experts_of(task)), hidden=hidden)
             for task, kind in zip(config.tasks, config.aggregators, strict=True)
@@ -95,6 +95,12 @@ class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Every part starts as its own constructor says."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for our parts only: the backbone is frozen, so its dropout and checkpointing stay off."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
 
     @property
     def capability_names(self) -> list[tuple[str, str]]:
@@ -123,12 +129,9 @@ class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
                 standardized rewards of all tasks with the router's probabilities.
 
         Raises:
-            ConfigError: `routing` is unknown, or "given" without `task_ids`.
+            ConfigError: `routing` is unknown, or "given" without `task_ids` or the other way round.
+            ShapeError: a given task does not exist, or a row has no real token.
         """
-        if routing not in ("top1", "given", "soft") or (routing == "given" and task_ids is None):
-            raise ConfigError(
-                f"routing={routing!r}; choose 'top1', 'soft', or 'given' together with task_ids"
-            )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         input_ids, lengths = pack_left(input_ids, mask.bool())
         if prompt_lengths is None:
@@ -153,17 +156,15 @@ class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
         routing: RoutingMode = "top1",
     ) -> RewardOutput:
         """Rewards from trunk states; arguments as in `forward`."""
-        probs = self.router(mean_tokens(trunk, torch.zeros_like(lengths), prompt_lengths)).softmax(-1)
-        used = task_ids if routing == "given" else probs.argmax(-1)
-        asked = (
-            [[t] for t in used.tolist()] if routing != "soft" else [list(range(len(probs[0])))] * len(probs)
-        )
+        logits = self.router(router_features(trunk, prompt_lengths))
+        routed = route(logits, mode=routing, given=task_ids)
+        every = list(range(len(self.config.tasks)))
+        asked = [every if routing == "soft" else [task] for task in routed.task_ids.tolist()]
         rewards, capabilities = self._expert_rewards(trunk, lengths, prompt_lengths, asked)
-        weighted = rewards * probs if routing == "soft" else rewards
         return RewardOutput(
-            logits=weighted.sum(-1, keepdim=True),
-            task_probs=probs,
-            task_ids=used,
+            logits=(rewards * routed.weights).sum(-1, keepdim=True),
+            task_probs=routed.probs,
+            task_ids=routed.task_ids,
             capability_scores=capabilities,
         )
 
@@ -180,7 +181,9 @@ class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
             if task_id in wanted
         ]
         experts, texts = torch.tensor(rows, device=trunk.device).T
-        states = self.experts.states(self.backbone, trunk[texts], lengths[texts], starts[texts], experts)
+        states = self.experts.states(
+            self.backbone, trunk[texts], lengths[texts], starts[texts], expert_ids=experts
+        )
         rewards = trunk.new_zeros(len(asked), len(tasks), dtype=torch.float32)
         scores = rewards.new_full((len(asked), len(self.config.experts)), torch.nan)
         for task_id, task in enumerate(tasks):
@@ -223,3 +226,6 @@ def find_prompt_lengths(token_ids: Tensor, lengths: Tensor, marker: list[int]) -
     found = (token_ids.unfold(1, len(marker), 1) == pattern).all(-1) & (ends <= lengths[:, None])
     last = torch.where(found, ends, 0).amax(-1)
     return torch.where(last > 0, last, lengths)
+
+
+AutoModelForSequenceClassification.register(DMoERMConfig, DMoERMForSequenceClassification)

@@ -11,17 +11,17 @@ A fold is a part of the pairs that is kept from phases 1 and 2, for the aggregat
 """
 
 import random
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from prefmoe.data.split import folds_by_prompt, split_by_prompt
-from prefmoe.nn import TaskRouter, mean_tokens
 from prefmoe.records import PreferencePair
 from prefmoe.reward.checkpoints import load_states, save_states
-from prefmoe.reward.experts import Experts, ExpertState
+from prefmoe.reward.experts import Experts
 from prefmoe.reward.run import LogCallback
 from prefmoe.reward.settings import Phase1Settings
 from prefmoe.reward.texts import EncodedPairs, PairRow
@@ -57,6 +57,11 @@ def _ids(pairs: Sequence[PreferencePair]) -> frozenset[str]:
     return frozenset(pair.id for pair in pairs)
 
 
+def pairs_of(task: str | None = None, fold: Fold | None = None) -> Chooser:
+    """Chooses the pairs of a task (None: of all); of a fold, those that its experts train on."""
+    return lambda pair: (task is None or pair.task == task) and (fold is None or pair.id in fold.trained)
+
+
 def select_rows(encoded: EncodedPairs, wanted: Chooser) -> list[PairRow]:
     """Rows of the pairs that are wanted."""
     return [row for pair, row in zip(encoded.pairs, encoded.rows, strict=True) if wanted(pair)]
@@ -71,49 +76,16 @@ def capability_rows(encoded: EncodedPairs, task: str, name: str, wanted: Chooser
     ]
 
 
+def draw(rows: Sequence[PairRow], limit: int | None, seed: int) -> list[PairRow]:
+    """At most `limit` rows, drawn by seed."""
+    return (
+        list(rows) if limit is None or len(rows) <= limit else random.Random(seed).sample(list(rows), limit)
+    )
+
+
 def expert_name(task: str, capability: str = "", fold: str = ALL) -> str:
     """Name of an expert in step files and logs."""
     return task + (f"/{capability}" if capability else "") + (f"@{fold}" if fold else "")
-
-
-def fit_router(bench: Workbench) -> TaskRouter:
-    """Phase 0: the convex fit of the task router on the trunk's states of the training prompts."""
-
-    def compute() -> TaskRouter:
-        names = list(bench.tasks)
-        first: dict[int, tuple[int, int]] = {}  # one text is enough to see the states of its prompt
-        for pair, row in zip(bench.train.pairs, bench.train.rows, strict=True):
-            first.setdefault(hash(pair.prompt), (row.chosen, names.index(str(pair.task))))
-        texts, task_ids = zip(*first.values(), strict=True)
-        router = TaskRouter(num_tasks=len(names), hidden=bench.trunk.hidden)
-        settings = bench.settings.router
-        router.fit(
-            prompt_features(bench, texts),
-            torch.tensor(task_ids),
-            l2=settings.l2,
-            label_smoothing=settings.label_smoothing,
-        )
-        return router
-
-    def load(file: Path) -> TaskRouter:
-        states, _ = load_states(file)
-        router = TaskRouter(num_tasks=len(bench.tasks), hidden=bench.trunk.hidden)
-        router.load_state_dict(states["router"])
-        return router
-
-    def save(file: Path, router: TaskRouter) -> None:
-        save_states(file, {"router": router.state_dict()}, {})
-
-    return bench.run.step("router.safetensors", compute, save, load)
-
-
-def prompt_features(bench: Workbench, texts: Sequence[int], batch_size: int = 64) -> torch.Tensor:
-    """Mean trunk state of the prompt of every text, float32 on the CPU, shape (texts, hidden)."""
-    parts = []
-    for i in range(0, len(texts), batch_size):
-        trunk, lengths, starts = bench.trunk.batch(texts[i : i + batch_size])
-        parts.append(mean_tokens(trunk, torch.zeros_like(lengths), starts).cpu())
-    return torch.cat(parts)
 
 
 def train_stage(
@@ -135,31 +107,12 @@ def train_stage(
         rank: Another LoRA rank than the settings', with alpha scaled along.
         full: Train full-size deltas instead of LoRA.
     """
-    sizes = bench.settings.experts
-    rank = rank or sizes.rank
+    limit, seed = settings.validation_pairs, bench.settings.seed
+    jobs = [replace(job, validation=draw(job.validation, limit, seed)) for job in jobs]
 
     def compute() -> dict[str, TrainedExpert]:
         torch.manual_seed(bench.settings.seed)
-        parents = list(
-            dict.fromkeys(id(job.start) for job in jobs if job.start and "head.weight" in job.start)
-        )
-        on_deltas = any(key.endswith(".delta") for job in jobs for key in job.start or ())
-        experts = Experts(
-            bench.backbone,
-            num_experts=len(jobs),
-            num_dense=len(jobs) if full else len(parents) if on_deltas else 0,
-            split_layer=sizes.split_layer,
-            rank=rank,
-            alpha=sizes.alpha * rank / sizes.rank,
-            target_modules=sizes.target_modules,
-            pooling=sizes.pooling,
-        )
-        if full:
-            experts.dense_ids.copy_(torch.arange(len(jobs)))
-            experts.sites.requires_grad_(False)
-        elif on_deltas:
-            experts.dense_ids.copy_(torch.tensor([parents.index(id(job.start)) for job in jobs]))
-            experts.dense.requires_grad_(False)
+        experts = _new_experts(bench, jobs, rank=rank or bench.settings.experts.rank, full=full)
         pairs = sum(len(job.train) for job in jobs)
         steps = -(-int(pairs * settings.epochs) // settings.batch_pairs)
         with bench.progress(f"{name}: {len(jobs)} experts", steps) as advance:
@@ -168,8 +121,8 @@ def train_stage(
                 experts,
                 bench.trunk,
                 jobs,
-                settings,
-                folder=bench.run.folder / "checkpoints" / name,
+                settings=settings,
+                folder=folder,
                 seed=bench.settings.seed,
                 callbacks=[LogCallback(bench.run, name, advance)],
                 progress=bench.progress,
@@ -183,44 +136,73 @@ def train_stage(
         states, info = load_states(file)
         return {key: TrainedExpert(states[key], accuracy) for key, accuracy in info.items()}
 
-    return bench.run.step(f"{name}.safetensors", compute, save, load, together=True)
+    folder = bench.run.folder / "checkpoints" / name
+    trained = bench.run.step(f"{name}.safetensors", compute, save, load, together=True)
+    if bench.run.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+    return trained
 
 
-def train_shared(bench: Workbench, folds: Sequence[Fold]) -> Mapping[str, ExpertState | None]:
-    """One short adapter on all tasks for every fold, keyed by fold; None where tasks start on their own."""
+def _new_experts(bench: Workbench, jobs: Sequence[ExpertJob], *, rank: int, full: bool) -> Experts:
+    """As many experts as jobs, on full-size deltas where they train them or start from them."""
+    sizes = bench.settings.experts
+    parents = list(dict.fromkeys(id(job.start) for job in jobs if job.start and "head.weight" in job.start))
+    on_deltas = any(key.endswith(".delta") for job in jobs for key in job.start or ())
+    experts = Experts(
+        bench.backbone,
+        num_experts=len(jobs),
+        num_dense=len(jobs) if full else len(parents) if on_deltas else 0,
+        split_layer=sizes.split_layer,
+        rank=rank,
+        alpha=sizes.alpha * rank / sizes.rank,
+        target_modules=sizes.target_modules,
+        pooling=sizes.pooling,
+    )
+    if full:
+        experts.dense_ids.copy_(torch.arange(len(jobs)))
+        experts.sites.requires_grad_(False)
+    elif on_deltas:
+        experts.dense_ids.copy_(torch.tensor([parents.index(id(job.start)) for job in jobs]))
+        experts.dense.requires_grad_(False)
+    return experts
+
+
+def train_shared(bench: Workbench, folds: Sequence[Fold]) -> Mapping[str, TrainedExpert]:
+    """One short adapter on all tasks for every fold, keyed by fold; none where tasks start on their own."""
     phase1 = bench.settings.phase1
     if phase1.shared_start == 0:
-        return {fold.name: None for fold in folds}
+        return {}
     validation = list(bench.validation.rows)
     jobs = [
         ExpertJob(
             expert_name("shared", fold=f.name),
-            select_rows(bench.train, lambda p, f=f: p.id in f.trained),
+            select_rows(bench.train, pairs_of(fold=f)),
             validation,
         )
         for f in folds
     ]
     settings = phase1.model_copy(update={"epochs": phase1.shared_start})
     trained = train_stage(bench, "shared", jobs, settings, full=phase1.method == "full")
-    return {fold.name: trained[job.name].state for fold, job in zip(folds, jobs, strict=True)}
+    return {fold.name: trained[job.name] for fold, job in zip(folds, jobs, strict=True)}
 
 
 def train_task_adapters(
-    bench: Workbench, folds: Sequence[Fold], shared: Mapping[str, ExpertState | None], *, single: bool
+    bench: Workbench, folds: Sequence[Fold], shared: Mapping[str, TrainedExpert], *, single: bool
 ) -> dict[str, TrainedExpert]:
     """Phase 1: all task adapters of all folds, and the single model, in one pass."""
+    starts = {fold: expert.state for fold, expert in shared.items()}
     jobs = [
         ExpertJob(
             expert_name(task, fold=fold.name),
-            select_rows(bench.train, lambda p, t=task, f=fold: p.task == t and p.id in f.trained),
-            select_rows(bench.validation, lambda p, t=task: p.task == t),
-            shared[fold.name],
+            select_rows(bench.train, pairs_of(task, fold)),
+            select_rows(bench.validation, pairs_of(task)),
+            starts.get(fold.name),
         )
         for fold in folds
         for task in bench.tasks
     ]
     if single:
-        jobs.append(ExpertJob("single@", bench.train.rows, bench.validation.rows, shared[ALL]))
+        jobs.append(ExpertJob("single@", bench.train.rows, bench.validation.rows, starts.get(ALL)))
     phase1 = bench.settings.phase1
     settings = phase1.model_copy(update={"epochs": phase1.epochs - phase1.shared_start})
     return train_stage(bench, "phase1", jobs, settings, full=phase1.method == "full")
@@ -242,11 +224,11 @@ def train_capability_experts(
     limit = bench.settings.phase2.max_pairs_per_capability
     jobs = []
     for fold in folds:
-        for task, names in bench.tasks.items():
+        for task, names in bench.capabilities.items():
             start = task_adapters[expert_name(task, fold=fold.name)].state
             for name in names:
-                rows = capability_rows(bench.train, task, name, lambda p, f=fold: p.id in f.trained)
-                random.Random(bench.settings.seed).shuffle(rows)
-                held = capability_rows(bench.validation, task, name, lambda p: True)
-                jobs.append(ExpertJob(expert_name(task, name, fold.name), rows[:limit], held, start))
+                rows = capability_rows(bench.train, task, name, pairs_of(task, fold))
+                held = capability_rows(bench.validation, task, name, pairs_of(task))
+                rows = draw(rows, limit, bench.settings.seed)
+                jobs.append(ExpertJob(expert_name(task, name, fold.name), rows, held, start))
     return train_stage(bench, "phase2", jobs, bench.settings.phase2) if jobs else {}

@@ -1,6 +1,7 @@
 """A run folder: steps whose results are files, so that the same command goes on where it stopped."""
 
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -9,11 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import yaml
 from accelerate import PartialState
 from transformers import TrainerCallback
 
 from prefmoe.errors import ConfigError
+from prefmoe.evaluation.files import write_text
 from prefmoe.reward.settings import RewardSettings
 
 T = TypeVar("T")
@@ -32,19 +35,19 @@ class Run:
     def __init__(self, settings: RewardSettings) -> None:
         self.settings = settings
         self.folder = Path(settings.out)
-        self.state = PartialState()
-        self._entered = time.time()
+        self.state = process_state()
         config = yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True)
         file = self.folder / "config.yaml"
         if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            _make_folder(self.folder)
             if file.exists() and not _same_work(file.read_text(encoding="utf-8"), config):
                 raise ConfigError(
                     f"{self.folder} holds a run with another config; choose another --out or delete it"
                 )
-            file.write_text(config, encoding="utf-8")
+            write_text(file, config)
             versions = {name: version(name) for name in _VERSIONED} | {"python": platform.python_version()}
-            (self.folder / "versions.json").write_text(json.dumps(versions, indent=1), encoding="utf-8")
+            write_text(self.folder / "versions.json", json.dumps(versions, indent=1))
+            _cut_after_last_line(self.folder / "metrics.jsonl")
         self.wait()
 
     @property
@@ -96,9 +99,7 @@ class Run:
             if self.is_main:
                 seconds = self.seconds()
                 seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 2)
-                staging = self.folder / ".seconds.json.part"
-                staging.write_text(json.dumps(seconds, indent=1), encoding="utf-8")
-                staging.replace(self.folder / "seconds.json")
+                write_text(self.folder / "seconds.json", json.dumps(seconds, indent=1))
 
     def seconds(self) -> dict[str, float]:
         """Seconds of every step so far."""
@@ -109,7 +110,13 @@ class Run:
         """Appends one line to metrics.jsonl."""
         if self.is_main:
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"phase": phase, **values}) + "\n")
+                file.write(json.dumps({"step": 0, "phase": phase, **values}) + "\n")
+
+
+def process_state() -> PartialState:
+    """Which of how many processes this is, and its device."""
+    # Without being told so, it does not see that several processes run on CPUs.
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 class LogCallback(TrainerCallback):
@@ -126,6 +133,22 @@ class LogCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One step."""
         self.advance(1)
+
+
+def _cut_after_last_line(file: Path) -> None:
+    """Drops what a killed run left of a line, so that the next one does not continue it."""
+    if file.exists():
+        content = file.read_bytes()
+        os.truncate(file, content.rfind(b"\n") + 1)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: no run can be kept there; {error.strerror}; choose another --out"
+        ) from error
 
 
 def _same_work(old: str, new: str) -> bool:

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prefmoe.errors import ConfigError, join_problems
 from prefmoe.nn import AggregatorKind
@@ -22,28 +22,30 @@ class _Section(BaseModel):
 class DataSettings(_Section):
     """Where pairs come from and how many are used."""
 
-    train: str = Field(description="file or `datasets` name")
+    train: str = Field(description="file, folder with a file a split, or `datasets` name")
     validation: str | None = Field(
-        None, description="None sets aside `validation_fraction` of train, by prompt"
+        None, description="as `train`; null sets aside `validation_fraction` of it, by prompt"
     )
-    test: str | None = None
-    validation_fraction: float = Field(0.1, gt=0, lt=1)
+    test: str | None = Field(None, description="as `train`; null measures nothing")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training prompts")
     max_pairs_per_task: int | None = Field(None, ge=1, description="of train; drawn by `seed`")
-    max_validation_pairs_per_task: int | None = Field(None, ge=1)
+    max_validation_pairs_per_task: int | None = Field(
+        None, ge=1, description="of validation; drawn by `seed`"
+    )
     labels: Literal["columns", "rules"] = Field(
         "columns", description="where capability labels come from; columns always win over rules"
     )
-    tasks_file: str | None = Field(None, description="tasks, capabilities and their rules")
+    tasks_file: str | None = Field(None, description="YAML with tasks, capabilities and their rules")
 
 
 class BackboneSettings(_Section):
     """The frozen transformer."""
 
-    name: str = "smollm2-135m"
+    name: str = Field("smollm2-135m", description="folder, known name or hub id")
     num_layers: int | None = Field(None, ge=1, description="keep only the first ones")
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    max_length: int = Field(1024, ge=8, description="tokens of a text")
-    trunk_cache: bool = True
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the frozen weights")
+    max_length: int = Field(1024, ge=8, description="tokens of a text; longer ones are cut")
+    trunk_cache: bool = Field(True, description="keep the output of the lower layers on disk")
     trunk_cache_gib: float = Field(16.0, gt=0, description="a larger cache is not written")
     batch_tokens: int = Field(8192, ge=1, description="tokens of one forward pass without gradient")
 
@@ -51,24 +53,36 @@ class BackboneSettings(_Section):
 class ExpertSettings(_Section):
     """Where experts sit and how large they are."""
 
-    split_layer: int = Field(8, ge=0)
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
-    target_modules: list[str] = ["q_proj", "v_proj", "up_proj", "down_proj"]
-    pooling: Literal["last", "mean"] = "mean"
+    split_layer: int = Field(8, ge=0, description="first layer with experts")
+    rank: int = Field(8, ge=1, description="of the LoRA of one expert")
+    alpha: float = Field(16.0, gt=0, description="LoRA scale times rank")
+    target_modules: list[str] = Field(
+        ["q_proj", "v_proj", "up_proj", "down_proj"], description="linear layers that carry experts"
+    )
+    pooling: Literal["last", "mean"] = Field(
+        "mean", description="state of the last token, or mean over the completion"
+    )
 
 
 class RouterSettings(_Section):
     """The convex fit of the task router."""
 
-    l2: float = Field(1e-3, gt=0)
-    label_smoothing: float = Field(0.05, ge=0, lt=1)
+    max_prompts_per_task: int | None = Field(
+        2000,
+        ge=1,
+        description="prompts to learn from; needs no labels, so also pairs beyond data.max_pairs_per_task",
+    )
+    class_balanced: bool = Field(True, description="whether every task counts the same, or every prompt")
+    l2: float = Field(1e-2, gt=0, description="strength of the penalty")
+    label_smoothing: float = Field(0.05, ge=0, lt=1, description="share of the target spread over all tasks")
 
 
 class Phase1Settings(TrainingSettings):
     """Task adapters."""
 
-    method: Literal["lora", "full"] = "lora"
+    method: Literal["lora", "full"] = Field(
+        "lora", description="full: a full-size change of the target layers for each task"
+    )
     shared_start: float = Field(
         0.0, ge=0, description="epochs, of `epochs`, that one adapter trains on all tasks before they part"
     )
@@ -77,7 +91,7 @@ class Phase1Settings(TrainingSettings):
 class Phase2Settings(TrainingSettings):
     """Capability experts."""
 
-    max_pairs_per_capability: int | None = Field(None, ge=1)
+    max_pairs_per_capability: int | None = Field(None, ge=1, description="labelled pairs; drawn by `seed`")
 
 
 class Phase3Settings(_Section):
@@ -85,13 +99,20 @@ class Phase3Settings(_Section):
 
     split: Literal["paper", "crossfit"] = Field(
         "paper",
-        description="paper: experts on `expert_fraction` of the prompts, aggregators on the others; crossfit: aggregators on "
-        "out-of-fold features of two halves, experts then trained on everything",
+        description="paper: experts on `expert_fraction` of the prompts, aggregators on the others; crossfit: "
+        "aggregators on out-of-fold features of two halves, experts then trained on everything",
     )
-    expert_fraction: float = Field(0.6, gt=0, lt=1)
-    kinds: list[AggregatorKind] = ["task_head", "linear_scores", "linear_states", "mlp"]
-    mlp_epochs: int = Field(30, ge=1)
-    mlp_learning_rate: float = Field(1e-4, gt=0)
+    expert_fraction: float = Field(0.6, gt=0, lt=1, description="for `split: paper`")
+    general_expert: bool = Field(
+        False,
+        description="the shared adapter is one more input of every task's aggregator (needs phase1.shared_start)",
+    )
+    kinds: list[AggregatorKind] = Field(
+        ["task_head", "linear_scores", "linear_states", "mlp"],
+        description="candidates, of which validation keeps one a task; task_head is always one",
+    )
+    mlp_epochs: int = Field(30, ge=1, description="passes over the features; the best one is kept")
+    mlp_learning_rate: float = Field(1e-4, gt=0, description="of AdamW")
 
     @field_validator("kinds")
     @classmethod
@@ -109,9 +130,16 @@ class RewardSettings(_Section):
     phase1: Phase1Settings = Phase1Settings()
     phase2: Phase2Settings = Phase2Settings()
     phase3: Phase3Settings = Phase3Settings()
-    methods: list[Method] = ["dmoerm"]
-    seed: int = 0
-    out: str = "runs/reward"
+    methods: list[Method] = Field(["dmoerm"], description="what to train and compare, on the same pairs")
+
+    @model_validator(mode="after")
+    def _has_a_general_expert(self) -> Self:
+        if self.phase3.general_expert and not self.phase1.shared_start:
+            raise ValueError("phase3.general_expert needs phase1.shared_start above 0")
+        return self
+
+    seed: int = Field(0, description="of splits, draws, starts and orders")
+    out: str = Field("runs/reward", description="run folder; `--out` wins")
 
 
 def load_settings(
@@ -157,11 +185,18 @@ def _apply(content: dict[str, Any], change: str) -> None:
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
             raise ConfigError(f"--set {change!r}: {parent!r} is a value, not a section")
-    content[last] = yaml.safe_load(value)
+    try:
+        content[last] = yaml.safe_load(value)
+    except yaml.YAMLError as problem:
+        raise ConfigError(f"--set {change!r}: {value!r} is not a YAML value; quote it") from problem
 
 
 def _sentence(error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":  # a sentence of ours
+        return ": ".join([*[place][: len(place)], str(error["ctx"]["error"])])
+    if error["type"] == "missing":
+        return f"{place}: missing; add it"
     if error["type"] != "extra_forbidden":
         return f"{place}: {error['msg']}; got {error['input']!r}"
     section: type[BaseModel] = RewardSettings

@@ -17,16 +17,16 @@ from prefmoe.reward.phases import (
     ALL,
     Fold,
     expert_name,
-    fit_router,
     make_folds,
     train_capability_experts,
     train_shared,
     train_task_adapters,
     train_wide,
 )
+from prefmoe.reward.router import fit_router
 from prefmoe.reward.settings import Method
 from prefmoe.reward.training import TrainedExpert
-from prefmoe.reward.workbench import ONE_TASK, Workbench
+from prefmoe.reward.workbench import GENERAL, ONE_TASK, Workbench
 
 Models = dict[Method, DMoERMForSequenceClassification]
 
@@ -41,21 +41,11 @@ def train_models(bench: Workbench) -> Models:
         One model a method, all on the bench's backbone, in evaluation mode. Each is saved in `<run>/<method>`.
     """
     methods = bench.settings.methods
-    everything = _everything(bench)
     folds = make_folds(bench) if "dmoerm" in methods else []
     crossfit = bench.settings.phase3.split == "crossfit"
-    adapter_folds = [*folds]
-    if crossfit and folds or "single" in methods or "per_task" in methods:
-        adapter_folds.append(everything)
     router = fit_router(bench)
     wide = train_wide(bench) if "single_wide" in methods else None
-    trained: dict[str, TrainedExpert] = {}
-    if adapter_folds:
-        shared = train_shared(bench, adapter_folds)
-        trained |= train_task_adapters(bench, adapter_folds, shared, single="single" in methods)
-    if folds:
-        expert_folds = [*folds, everything] if crossfit else folds
-        trained |= train_capability_experts(bench, expert_folds, trained)
+    trained = _train_phases(bench, folds, crossfit=crossfit)
 
     models: Models = {}
     if wide is not None:
@@ -77,14 +67,27 @@ def train_models(bench: Workbench) -> Models:
     return {method: models[method] for method in methods}
 
 
+def _train_phases(bench: Workbench, folds: list[Fold], *, crossfit: bool) -> dict[str, TrainedExpert]:
+    """Task adapters, the single model, and capability experts, as far as the methods need them."""
+    methods = bench.settings.methods
+    everything = Fold(ALL, frozenset(pair.id for pair in bench.train.pairs), frozenset())
+    on_everything = (crossfit and folds) or "single" in methods or "per_task" in methods
+    adapter_folds = [*folds, everything] if on_everything else folds
+    trained: dict[str, TrainedExpert] = {}
+    if adapter_folds:
+        shared = train_shared(bench, adapter_folds)
+        trained |= train_task_adapters(bench, adapter_folds, shared, single="single" in methods)
+        trained |= {expert_name(task, GENERAL, f): shared[f] for f in shared for task in bench.tasks}
+    if folds:
+        expert_folds = [*folds, everything] if crossfit else folds
+        trained |= train_capability_experts(bench, expert_folds, trained)
+    return trained
+
+
 def save_model(bench: Workbench, model: DMoERMForSequenceClassification, folder: Path) -> None:
     """The small artefact with its tokenizer."""
     model.save_pretrained(folder)
     bench.tokenizer.save_pretrained(folder)
-
-
-def _everything(bench: Workbench) -> Fold:
-    return Fold(ALL, frozenset(pair.id for pair in bench.train.pairs), frozenset())
 
 
 def _validation_rows(bench: Workbench) -> TaskRows:
@@ -94,7 +97,8 @@ def _validation_rows(bench: Workbench) -> TaskRows:
 def _one_expert_model(
     bench: Workbench, state: ExpertState, *, rank: int | None = None
 ) -> DMoERMForSequenceClassification:
-    states, tasks = {expert_name(ONE_TASK): state}, {ONE_TASK: []}
+    states = {expert_name(ONE_TASK): state}
+    tasks: dict[str, list[str]] = {ONE_TASK: []}
     rows = {ONE_TASK: list(bench.validation.rows)}
     features = expert_features(bench, states, tasks, rows, rank=rank, label="validation pairs, single")
     return assemble_model(bench, tasks, states, features, rank=rank)
@@ -128,5 +132,5 @@ def _dmoerm_model(
         bench, states, bench.tasks, _validation_rows(bench), label="validation pairs, DMoERM"
     )
     with bench.run.clock("phase3"):
-        aggregators = choose_aggregators(bench, folds, trained, states, features)
+        aggregators = choose_aggregators(bench, folds, trained, final=states, validation=features)
     return assemble_model(bench, bench.tasks, states, features, router=router, aggregators=aggregators)

@@ -2,8 +2,7 @@
 
 import math
 import random
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,16 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+)
 
+from prefmoe.errors import ConfigError
 from prefmoe.nn import bradley_terry_loss
 from prefmoe.reward.checkpoints import ExpertCheckpoint, newest_complete
 from prefmoe.reward.experts import Experts, ExpertState
@@ -30,17 +37,20 @@ class TrainingSettings(BaseModel):
     epochs: float = Field(1.0, ge=0, description="passes over every expert's own pairs; 0 keeps the start")
     batch_pairs: int = Field(16, ge=1, description="pairs of one optimizer step, over all processes")
     accumulation: int = Field(1, ge=1, description="forward passes that share one optimizer step")
-    learning_rate: float = Field(2e-4, gt=0)
-    head_learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(2e-4, gt=0, description="of LoRA; falls linearly to 0")
+    head_learning_rate: float = Field(1e-4, gt=0, description="of the linear heads")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are cut to this")
     evaluations: int = Field(3, ge=1, description="validations of one training, evenly spread")
+    validation_pairs: int | None = Field(
+        100, ge=1, description="pairs of one expert that a validation looks at; None takes all"
+    )
     patience: int = Field(
         0, ge=0, description="validations without gain of any expert before stopping; 0 never"
     )
     head_start: bool = Field(True, description="start heads at the convex optimum on the starting states")
-    gradient_checkpointing: bool = False
-    report_to: str = "none"
+    gradient_checkpointing: bool = Field(False, description="less memory, a third more time")
+    report_to: str = Field("none", description="`tensorboard`, `wandb`, ...: as in transformers")
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class PairModule(nn.Module):
 
     def forward(
         self,
+        *,
         trunk: Tensor,
         lengths: Tensor,
         starts: Tensor,
@@ -78,10 +89,13 @@ class PairModule(nn.Module):
         weight: Tensor,
         target_margin: Tensor,
     ) -> dict[str, Tensor]:
-        """Bradley-Terry loss of pairs whose chosen texts are the first half of the rows, the others the second."""
-        states = self.experts.states(self.backbone, trunk, lengths, starts, expert_ids)
+        """Summed Bradley-Terry loss of pairs: the first half of the rows are chosen texts, the others rejected."""
+        states = self.experts.states(self.backbone, trunk, lengths, starts, expert_ids=expert_ids)
         chosen, rejected = self.experts.scores(states, expert_ids).chunk(2)
-        loss = bradley_terry_loss(chosen, rejected, target_margin=target_margin, weight=weight, label=label)
+        # A sum: the Trainer divides by the weight of the whole optimizer step, of which this may be a part.
+        loss = bradley_terry_loss(
+            chosen, rejected, target_margin=target_margin, weight=weight, label=label, reduction="sum"
+        )
         return {"loss": loss, "margins": (chosen - rejected).detach()}
 
 
@@ -111,30 +125,41 @@ def training_order(items: Sequence[Item], trunk: Trunk, settings: TrainingSettin
 
     Written out in advance so that a resumed run, or one with more processes, sees the same batches.
     """
+
+    def length(item: Item) -> int:
+        return max(trunk.table.length(text) for text in item[1][:2])
+
     rng = random.Random(seed)
     order: list[Item] = []
+    rest: list[Item] = []
     size = settings.batch_pairs
-    total = math.ceil(len(items) * settings.epochs)
-    while len(order) < total:
-        epoch = rng.sample(items, k=min(len(items), total - len(order)))
+    left = math.ceil(len(items) * settings.epochs)
+    while left > 0:
+        epoch = rest + rng.sample(items, k=min(len(items), left))
+        left -= len(epoch) - len(rest)
         blocks = [epoch[i : i + 16 * size] for i in range(0, len(epoch), 16 * size)]
         batches = []
         for block in blocks:
-            block.sort(key=lambda item: _item_length(item, trunk))
+            block.sort(key=length)
             batches += [block[i : i + size] for i in range(0, len(block), size)]
-        # A short batch may only come last: the Trainer cuts the order into batches again.
-        full, rest = [b for b in batches if len(b) == size], [b for b in batches if len(b) < size]
-        rng.shuffle(full)
-        order += [item for batch in full + rest for item in batch]
-    return order
-
-
-def _item_length(item: Item, trunk: Trunk) -> int:
-    return max(trunk.table.length(item[1].chosen), trunk.table.length(item[1].rejected))
+        # A short batch may only come last of all: the Trainer cuts the order into batches again.
+        rest = batches.pop() if len(batches[-1]) < size else []
+        rng.shuffle(batches)
+        order += [item for batch in batches for item in batch]
+    # A text of no weight fills the last batch: several processes would else fill it with pairs that count.
+    filler = [(e, pair._replace(weight=0.0)) for e, pair in rest and [min(items, key=length)]]
+    return order + rest + filler * (-len(rest) % size)
 
 
 class ExpertTrainer(Trainer):
-    """A Trainer that validates every expert on its own pairs and remembers the best state of each."""
+    """A Trainer that validates every expert on its own pairs and remembers the best state of each.
+
+    The loss of an optimizer step is the weighted mean over all of its pairs, in however many forward passes
+    and processes they come.
+    """
+
+    control: TrainerControl
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self, *, jobs: Sequence[ExpertJob], trunk: Trunk, patience: int, progress: Progress, **kwargs: Any
@@ -143,20 +168,40 @@ class ExpertTrainer(Trainer):
         self.jobs, self.trunk, self.patience, self.progress = jobs, trunk, patience, progress
         self.best: list[ExpertCheckpoint | None] = [None] * len(jobs)
         self.without_gain = 0
+        self.remove_callback(PrinterCallback)  # stdout is for results
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether so many validations brought no gain that training stops."""
+        return bool(self.patience) and self.without_gain >= self.patience
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The batches of one optimizer step, and the summed weight of its pairs in all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        weight = torch.stack([batch["weight"].sum() for batch in batches]).sum().to(device)
+        return batches, self.accelerator.gather(weight).sum()
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **kwargs: Any) -> Tensor:
+        """Share of a batch in the mean loss of its optimizer step."""
+        loss: Tensor = model(**inputs)["loss"]
+        # Processes average their gradients, which here are shares of one sum.
+        return loss * self.accelerator.num_processes / kwargs["num_items_in_batch"].clamp_min(1e-9)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validates all experts; returns accuracies by name and their mean."""
         module: PairModule = self.accelerator.unwrap_model(self.model)
         results = validate(module.backbone, module.experts, self.trunk, self.jobs)
-        gained = False
+        gained = not any(job.validation for job in self.jobs)
         for expert, (accuracy, loss) in enumerate(results):
             best = self.best[expert]
             unknown = not self.jobs[expert].validation  # then the last state is as good a choice as any
             if best is None or unknown or (accuracy, -loss) > (best.accuracy, -best.loss):
                 self.best[expert] = ExpertCheckpoint(module.experts.expert_state(expert), accuracy, loss)
-                gained = True
+                gained = gained or not unknown
         self.without_gain = 0 if gained else self.without_gain + 1
-        if self.patience and self.without_gain >= self.patience:
+        if self.is_out_of_patience:
             self.control.should_training_stop = True
         metrics = {
             f"eval_accuracy/{job.name}": result[0] for job, result in zip(self.jobs, results, strict=True)
@@ -170,6 +215,8 @@ class ExpertTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        if not self.args.should_save:  # the Trainer asks every process
+            return
         module: PairModule = self.accelerator.unwrap_model(self.model)
         current = [module.experts.expert_state(expert) for expert in range(len(self.jobs))]
         ExpertCheckpoint.save_all(folder, current=current, best=self.best, without_gain=self.without_gain)
@@ -215,6 +262,7 @@ def start_experts(
     experts: Experts,
     trunk: Trunk,
     jobs: Sequence[ExpertJob],
+    *,
     settings: TrainingSettings,
     progress: Progress,
 ) -> None:
@@ -250,8 +298,8 @@ def train_experts(
     experts: Experts,
     trunk: Trunk,
     jobs: Sequence[ExpertJob],
-    settings: TrainingSettings,
     *,
+    settings: TrainingSettings,
     folder: Path,
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
@@ -265,7 +313,8 @@ def train_experts(
         trunk: Gives the states below the experts.
         jobs: The experts to train.
         settings: How.
-        folder: For checkpoints; an interrupted call goes on from the newest complete one. Removed at the end.
+        folder: For checkpoints; an interrupted call goes on from the newest complete one. The caller removes it
+            once the result is safe.
         seed: Of the order of the pairs.
         callbacks: Of the Trainer, for logs.
         progress: Shows how far it is.
@@ -275,20 +324,29 @@ def train_experts(
     experts.gradient_checkpointing = settings.gradient_checkpointing
     experts.attach(backbone)
     try:
-        trainer = _build_trainer(backbone, experts, trunk, jobs, settings, folder, seed, callbacks, progress)
+        trainer = _build_trainer(
+            backbone,
+            experts,
+            trunk,
+            jobs,
+            settings=settings,
+            folder=folder,
+            seed=seed,
+            callbacks=callbacks,
+            progress=progress,
+        )
         checkpoint = newest_complete(folder)
         if checkpoint is None:
-            start_experts(backbone, experts, trunk, jobs, settings, progress)
+            start_experts(backbone, experts, trunk, jobs, settings=settings, progress=progress)
             trainer.evaluate()
-        if len(trainer.train_dataset):
+        else:
+            trainer._load_from_checkpoint(str(checkpoint))
+        # The Trainer also validates after its last step. It may have been killed after it had stopped early.
+        if len(trainer.train_dataset) and not trainer.is_out_of_patience:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            if trainer.state.global_step % trainer.args.eval_steps:
-                trainer.evaluate()
         best = [found for found in trainer.best if found is not None]
     finally:
         experts.detach()
-    if trainer.is_world_process_zero():
-        shutil.rmtree(folder, ignore_errors=True)
     return {job.name: TrainedExpert(b.state, b.accuracy) for job, b in zip(jobs, best, strict=True)}
 
 
@@ -297,6 +355,7 @@ def _build_trainer(
     experts: Experts,
     trunk: Trunk,
     jobs: Sequence[ExpertJob],
+    *,
     settings: TrainingSettings,
     folder: Path,
     seed: int,
@@ -305,7 +364,7 @@ def _build_trainer(
 ) -> ExpertTrainer:
     items = [(expert, pair) for expert, job in enumerate(jobs) for pair in job.train]
     order = training_order(items, trunk, settings, seed)
-    steps = max(1, math.ceil(len(order) / settings.batch_pairs))
+    steps = max(1, len(order) // settings.batch_pairs)
     every = max(1, math.ceil(steps / settings.evaluations))
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -327,15 +386,21 @@ def _build_trainer(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,  # every bank takes part in every batch
         label_names=["label"],
         use_cpu=backbone.device.type == "cpu",
     )
-    world = arguments.world_size * settings.accumulation
-    arguments.per_device_train_batch_size = max(1, settings.batch_pairs // world)
-    heads = [experts.head_weight, experts.head_bias]
-    groups: list[Mapping[str, Any]] = [
-        {"params": [p for p in experts.parameters() if p.requires_grad and not any(p is h for h in heads)]},
-        {"params": heads, "lr": settings.head_learning_rate},
+    parts = arguments.world_size * settings.accumulation
+    if settings.batch_pairs % parts:
+        raise ConfigError(
+            f"batch_pairs={settings.batch_pairs} cannot be split evenly over {arguments.world_size} processes "
+            f"x accumulation={settings.accumulation}; choose a multiple of {parts}"
+        )
+    arguments.per_device_train_batch_size = settings.batch_pairs // parts
+    head = experts.head_weight
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in experts.parameters() if p.requires_grad and p is not head]},
+        {"params": [head], "lr": settings.head_learning_rate},
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.0)
     return ExpertTrainer(

@@ -1,5 +1,6 @@
 """The shared lower layers: run once per text, kept on disk for everything that is trained above them."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from prefmoe.reward.progress import Progress, silent
 from prefmoe.reward.texts import TextTable, token_budget_batches
 
 _INDEX, _DATA = "index.tsv", "states.bin"
+_LINE = re.compile(rb"([0-9a-f]+)\t(\d+)\t(\d+)\n")  # text key, first token, number of tokens
 
 
 class Batch(NamedTuple):
@@ -55,6 +57,7 @@ class Trunk:
         self.hidden = backbone.config.hidden_size
         self.folder: Path | None = None
         self._where: dict[str, tuple[int, int]] = {}  # text key -> first token, number of tokens
+        self._index_bytes = 0  # of the index lines that can be used
         self._data = np.empty(0, dtype=np.uint8)
         if folder is not None:
             dtype = str(backbone.dtype).removeprefix("torch.")
@@ -67,11 +70,20 @@ class Trunk:
         return self.hidden * self.backbone.dtype.itemsize
 
     def reload(self) -> None:
-        """Reads what is on disk, as another process may have written it."""
-        if self.folder is None or not (self.folder / _INDEX).exists():
+        """Reads what is on disk, as another process may have written it.
+
+        Stops at the first line that an interrupted write left without its end or without its data.
+        """
+        if self.folder is None or not all((self.folder / name).exists() for name in (_INDEX, _DATA)):
             return
-        lines = (self.folder / _INDEX).read_text(encoding="ascii").split("\n")[:-1]  # the last may be cut
-        self._where = {key: (int(a), int(n)) for key, a, n in (line.split("\t") for line in lines)}
+        self._where, self._index_bytes = {}, 0
+        num_tokens = (self.folder / _DATA).stat().st_size // self._token_bytes
+        for line in (self.folder / _INDEX).read_bytes().splitlines(keepends=True):
+            found = _LINE.fullmatch(line)
+            if found is None or int(found[2]) + int(found[3]) > num_tokens:
+                break
+            self._where[found[1].decode()] = (int(found[2]), int(found[3]))
+            self._index_bytes += len(line)
         if self._where:
             # Copy on write: torch wants writable memory, and nothing ever writes to it.
             self._data = np.memmap(self.folder / _DATA, dtype=np.uint8, mode="c")
@@ -80,7 +92,8 @@ class Trunk:
         """Computes and keeps the states of texts that are not on disk yet."""
         if self.folder is None:
             return
-        missing = [text for text in dict.fromkeys(texts) if self.table.key(text) not in self._where]
+        wanted = {self.table.key(text): text for text in texts}  # equal ids once, wherever their prompts end
+        missing = [text for key, text in wanted.items() if key not in self._where]
         num_tokens = sum(self.table.length(text) for text in missing)
         kept = sum(n for _, n in self._where.values())
         if (kept + num_tokens) * self._token_bytes > self.max_bytes:
@@ -90,7 +103,9 @@ class Trunk:
             (self.folder / _DATA).open("ab") as data,
             (self.folder / _INDEX).open("a", encoding="ascii") as index,
         ):
-            data.truncate(kept * self._token_bytes)  # drops what a killed run wrote without an index line
+            # Drops what a killed run left half done: data without an index line, lines without data.
+            data.truncate(kept * self._token_bytes)
+            index.truncate(self._index_bytes)
             for batch in token_budget_batches([self.table.length(t) for t in missing], self.batch_tokens):
                 members = [missing[i] for i in batch]
                 states = self._compute(members)

@@ -12,21 +12,23 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from prefmoe.data.read import read_pairs
 from prefmoe.data.render import Renderer
 from prefmoe.data.split import prompt_hash, split_by_prompt
-from prefmoe.errors import ConfigError, DataError
+from prefmoe.errors import ConfigError, DataError, PrefmoeWarning
 from prefmoe.labeling import RuleLabeler, apply_labels, load_tasks
 from prefmoe.records import PreferencePair
 from prefmoe.reward.backbone import load_backbone, resolve_backbone
 from prefmoe.reward.progress import Progress, silent
-from prefmoe.reward.run import Run
-from prefmoe.reward.settings import DataSettings, RewardSettings
+from prefmoe.reward.run import Run, process_state
+from prefmoe.reward.settings import BackboneSettings, DataSettings, RewardSettings
 from prefmoe.reward.texts import EncodedPairs, TextTable, encode_pairs
 from prefmoe.reward.trunk import Trunk
 
 ONE_TASK = "all"
+_FEW_PAIRS = 5
+GENERAL = "general"  # the shared adapter, as an expert of every task
 
 
-class RewardTrainingWarning(UserWarning):
-    """Something that works, but not as a user may think."""
+class RewardTrainingWarning(PrefmoeWarning):
+    """Data that can be used, but not as a user may think."""
 
 
 @dataclass
@@ -34,7 +36,8 @@ class Workbench:
     """Everything that the phases share.
 
     Attributes:
-        tasks: For every task the capabilities that have labels, in a fixed order.
+        capabilities: For every task those that have labels, in a fixed order.
+        prompts: Texts and tasks for the router, of the training file only.
         train, validation, test: Tokenized pairs; `test` may be empty.
     """
 
@@ -44,11 +47,18 @@ class Workbench:
     renderer: Renderer
     backbone: PreTrainedModel
     trunk: Trunk
-    tasks: dict[str, list[str]]
+    capabilities: dict[str, list[str]]
+    prompts: list[tuple[int, str]]
     train: EncodedPairs
     validation: EncodedPairs
     test: EncodedPairs
     progress: Progress = silent
+
+    @property
+    def tasks(self) -> dict[str, list[str]]:
+        """For every task the names of its experts behind the task adapter: capabilities, and the general one."""
+        general = [GENERAL] if self.settings.phase3.general_expert else []
+        return {task: [*names, *general] for task, names in self.capabilities.items()}
 
     @property
     def table(self) -> TextTable:
@@ -76,32 +86,60 @@ def build_workbench(
     Raises:
         ConfigError, DataError: something of it cannot be used.
     """
-    splits = pairs if pairs is not None else read_splits(settings.data, settings.seed)
-    splits = {name: _with_task(rows, name) for name, rows in splits.items()}
-    splits = {name: label_capabilities(rows, settings.data) for name, rows in splits.items()}
-    tasks = find_capabilities(splits["train"], settings.data)
+    data, seed = settings.data, settings.seed
+    splits = pairs if pairs is not None else read_splits(data, seed)
+    splits = {name: with_task(rows, name) for name, rows in splits.items()}
+    with_prompts = splits["train"]
+    splits["train"] = draw_per_task(splits["train"], data.max_pairs_per_task, seed)
+    splits["validation"] = draw_per_task(splits["validation"], data.max_validation_pairs_per_task, seed)
+    splits = {name: label_capabilities(rows, data) for name, rows in splits.items()}
+    capabilities = find_capabilities(splits["train"], settings.data)
+    warn_of_small_tasks(splits)
     body = settings.backbone
     if backbone is None:
-        backbone = load_backbone(
-            body.name,
-            num_layers=body.num_layers,
-            dtype=getattr(torch, body.dtype),
-            max_length=body.max_length,
-        )
-        if torch.cuda.is_available():
-            backbone = backbone.cuda()
+        backbone = _load_backbone(body)
     check_split_layer(settings.experts.split_layer, len(backbone.layers))
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(body.name))
+        tokenizer = _tokenizer_of_backbone(body.name)
     run = Run(settings)
     renderer = Renderer(tokenizer, max_length=body.max_length)
     table = TextTable()
     encoded = {
         name: encode_pairs(rows, renderer, table, allow_equal=name == "test") for name, rows in splits.items()
     }
+    prompts = encode_prompts(with_prompts, settings, renderer, table)
+    trunk = _prepared_trunk(backbone, table, run, progress)
+    for name, rows in encoded.items():
+        run.log("data", {"split": name, "pairs": len(rows.rows), "truncated": rows.num_truncated})
+    return Workbench(
+        settings=settings,
+        run=run,
+        tokenizer=tokenizer,
+        renderer=renderer,
+        backbone=backbone,
+        trunk=trunk,
+        capabilities=capabilities,
+        prompts=prompts,
+        train=encoded["train"],
+        validation=encoded["validation"],
+        test=encoded["test"],
+        progress=progress,
+    )
+
+
+def _load_backbone(body: BackboneSettings) -> PreTrainedModel:
+    backbone = load_backbone(
+        body.name, num_layers=body.num_layers, dtype=getattr(torch, body.dtype), max_length=body.max_length
+    )
+    _check_positions(backbone, body.max_length)
+    return backbone.to(process_state().device)
+
+
+def _prepared_trunk(backbone: PreTrainedModel, table: TextTable, run: Run, progress: Progress) -> Trunk:
+    body = run.settings.backbone
     trunk = Trunk(
         backbone,
-        settings.experts.split_layer,
+        run.settings.experts.split_layer,
         table,
         folder=run.folder / "trunk" if body.trunk_cache else None,
         max_gib=body.trunk_cache_gib,
@@ -112,21 +150,35 @@ def build_workbench(
             trunk.prepare(range(len(table.texts)), progress)
     run.wait()
     trunk.reload()
-    for name, rows in encoded.items():
-        run.log("data", {"split": name, "pairs": len(rows.rows), "truncated": rows.num_truncated})
-    return Workbench(
-        settings=settings,
-        run=run,
-        tokenizer=tokenizer,
-        renderer=renderer,
-        backbone=backbone,
-        trunk=trunk,
-        tasks=tasks,
-        train=encoded["train"],
-        validation=encoded["validation"],
-        test=encoded["test"],
-        progress=progress,
-    )
+    return trunk
+
+
+def _tokenizer_of_backbone(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(resolve_backbone(name))
+    except (OSError, ValueError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise ConfigError(f"backbone {name!r} comes without a tokenizer: {reason}") from problem
+
+
+def _check_positions(backbone: PreTrainedModel, max_length: int) -> None:
+    limit = getattr(backbone.config, "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise ConfigError(
+            f"backbone.max_length={max_length} is more than the {limit} tokens that the backbone was made for; "
+            f"choose {limit} or less"
+        )
+
+
+def encode_prompts(
+    pairs: list[PreferencePair], settings: RewardSettings, renderer: Renderer, table: TextTable
+) -> list[tuple[int, str]]:
+    """Distinct prompts with their tasks, tokenized into a table."""
+    distinct = list({prompt_hash(pair.prompt): pair for pair in pairs}.values())
+    drawn = draw_per_task(distinct, settings.router.max_prompts_per_task, settings.seed)
+    known = {pair.task for pair in pairs}
+    prompts = [(table.add(renderer.encode_prompt(pair.prompt)), str(pair.task)) for pair in drawn]
+    return prompts if len(known) > 1 else prompts[:1]  # one task: nothing to tell apart
 
 
 def check_split_layer(split_layer: int, num_layers: int) -> None:
@@ -138,7 +190,7 @@ def check_split_layer(split_layer: int, num_layers: int) -> None:
         )
 
 
-def read_splits(data: DataSettings, seed: int) -> dict[str, list[PreferencePair]]:
+def read_splits(data: DataSettings, seed: int = 0) -> dict[str, list[PreferencePair]]:
     """Train, validation and test pairs as the settings say.
 
     Raises:
@@ -153,11 +205,7 @@ def read_splits(data: DataSettings, seed: int) -> dict[str, list[PreferencePair]
         parts = split_by_prompt(train, fractions, seed=seed)
         train, validation = parts["train"], parts["validation"]
     test = [] if data.test is None else read_pairs(data.test, split="test")
-    splits = {
-        "train": draw_per_task(train, data.max_pairs_per_task, seed),
-        "validation": draw_per_task(validation, data.max_validation_pairs_per_task, seed),
-        "test": test,
-    }
+    splits = {"train": train, "validation": validation, "test": test}
     _check_disjoint(splits)
     return splits
 
@@ -189,7 +237,12 @@ def _check_disjoint(splits: dict[str, list[PreferencePair]]) -> None:
                 )
 
 
-def _with_task(pairs: list[PreferencePair], split: str) -> list[PreferencePair]:
+def with_task(pairs: list[PreferencePair], split: str) -> list[PreferencePair]:
+    """Pairs that all have a task: their own, or where none has one, the only task there is.
+
+    Raises:
+        DataError: some pairs have a task and some have none.
+    """
     named = [pair for pair in pairs if pair.task is not None]
     if not named:
         return [replace(pair, task=ONE_TASK) for pair in pairs]
@@ -234,6 +287,22 @@ def find_capabilities(pairs: list[PreferencePair], data: DataSettings) -> dict[s
             stacklevel=2,
         )
     return {task: sorted(name for name, count in labels[task].items() if count) for task in sorted(labels)}
+
+
+def warn_of_small_tasks(splits: dict[str, list[PreferencePair]]) -> None:
+    """A warning that names the tasks with hardly any training pairs, and those without validation pairs."""
+    validation = Counter(str(pair.task) for pair in splits["validation"])
+    small = [
+        f"{task!r} ({number} training, {validation[task]} validation)"
+        for task, number in sorted(Counter(str(pair.task) for pair in splits["train"]).items())
+        if number < _FEW_PAIRS or not validation[task]
+    ]
+    if small:
+        warnings.warn(
+            f"few pairs of {', '.join(small)}; add pairs, or expect little of the experts of these tasks",
+            RewardTrainingWarning,
+            stacklevel=2,
+        )
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:

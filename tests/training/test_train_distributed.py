@@ -1,0 +1,71 @@
+"""Two processes train the model that one process trains.
+
+Started by torchrun, as `accelerate launch` does for GPUs; for CPUs alone it wants an MPI.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import launched_run
+from prefmoe.evaluation.run_folder import read_run
+from prefmoe.reward.artefact import read_tensors
+from prefmoe.reward.checkpoints import load_states
+
+_TESTS = Path(launched_run.__file__).parent
+_LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of the run of one process and of that of two."""
+    folder = tmp_path_factory.mktemp("distributed")
+    command = [*_LAUNCH, str(_TESTS / "launched_run.py"), str(folder / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_TESTS)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as launched:
+        launched_run.main(folder / "one")  # while the others import torch
+        printed, _ = launched.communicate(timeout=240)
+    assert launched.returncode == 0
+    assert {line for line in printed.splitlines() if line.startswith("process")} == {
+        "process 0 of 2",
+        "process 1 of 2",
+    }
+    return folder / "one", folder / "two"
+
+
+def differences(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> Iterator[float]:
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        yield (tensor.double() - two[name].double()).abs().max().item() if tensor.numel() else 0.0
+
+
+@pytest.mark.parametrize("step", ["router", "phase1", "phase2"])
+def test_experts_of_two_processes_are_those_of_one(runs: tuple[Path, Path], step: str) -> None:
+    (one, info), (two, other) = (load_states(run / "steps" / f"{step}.safetensors") for run in runs)
+    assert one.keys() == two.keys()
+    assert info == other  # validation accuracies
+    for name, state in one.items():
+        assert max(differences(state, two[name])) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["single", "dmoerm"])
+def test_the_model_of_two_processes_is_that_of_one(runs: tuple[Path, Path], method: str) -> None:
+    one, two = (read_tensors(run / method) for run in runs)
+    assert max(differences(one, two)) < 1e-3
+
+
+def test_the_metrics_of_two_processes_are_those_of_one(runs: tuple[Path, Path]) -> None:
+    one, two = (json.loads((run / "metrics.json").read_text()) for run in runs)
+    del one["seconds"], two["seconds"]
+    assert one == two
+
+
+def test_only_one_process_writes_the_log(runs: tuple[Path, Path]) -> None:
+    one, two = ([(line.phase, line.step) for line in read_run(run).log] for run in runs)
+    assert one == two
