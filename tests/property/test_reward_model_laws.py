@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_backbone, tiny_reward_model
 from torch import nn
 
 from prefmoe.nn import bradley_terry_loss
+from tiny import tiny_backbone, tiny_reward_model
 
 MODELS = {
     pooling: tiny_reward_model(
@@ -124,7 +124,9 @@ def test_at_the_start_every_expert_is_the_backbone_bit_for_bit():
     with torch.no_grad():
         trunk = model.trunk(ids)
         alone = model.experts.states(model.backbone, trunk, lengths, starts, expert_ids=None)
-        adapted = model.experts.states(model.backbone, trunk, lengths, starts, expert_ids=torch.tensor([0, 3, 5]))
+        adapted = model.experts.states(
+            model.backbone, trunk, lengths, starts, expert_ids=torch.tensor([0, 3, 5])
+        )
         plain = tiny_backbone()(ids).last_hidden_state[torch.arange(3), lengths - 1]
     assert torch.equal(adapted, alone)
     assert torch.equal(alone, plain)
@@ -136,7 +138,9 @@ def test_gradients_reach_the_experts_of_the_used_task_and_nothing_else(used):
     ids = torch.randint(5, 300, (4, 6))
     rewards = model(ids, task_ids=torch.full((4,), used), routing="given").logits[:, 0]
     bradley_terry_loss(rewards[:2], rewards[2:]).backward()
-    rows = model.config.experts_of(model.config.task_names[used])[:1]  # "task_head" reads the task adapter only
+    rows = model.config.experts_of(model.config.task_names[used])[
+        :1
+    ]  # "task_head" reads the task adapter only
     others = [row for row in range(len(model.config.experts)) if row not in rows]
     for bank in model.experts.sites.values():
         assert bank.B.grad[rows].any()

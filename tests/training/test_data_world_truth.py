@@ -30,7 +30,7 @@ def word_differences(pairs, vocabulary):
 
 @pytest.fixture(scope="module")
 def probes():
-    """Accuracy on clean test labels of bag-of-words probes fitted on clean labels: for all tasks, for each task."""
+    """Accuracy of bag-of-words probes, fitted to all tasks (blind) or to each (oracle), on clean labels."""
     world = World(seed=0)
     train = world.sample_pairs(NUM_TRAIN, split="train", label_noise=False)
     test = world.sample_pairs(NUM_TEST, split="test", label_noise=False)

@@ -9,7 +9,7 @@ from statistics import mean, pstdev
 import pytest
 
 from prefmoe.data.world import World
-from prefmoe.data.world_phrases import POINTS
+from prefmoe.data.world_phrases import CONTENT, HEDGES, ORNAMENTS
 from prefmoe.data.world_text import STYLES, all_prompts, compose
 from prefmoe.errors import ConfigError
 
@@ -59,7 +59,7 @@ def test_pairs_use_the_prompts_of_their_split_and_all_tasks_equally(split):
 
 
 def test_prompts_repeat_when_there_are_more_pairs_than_prompts():
-    pairs = WORLD.sample_pairs(500, split="validation", label_noise=False)
+    pairs = WORLD.sample_pairs(240, split="validation", label_noise=False)
     assert {pair.prompt[0].content for pair in pairs if pair.task == "facts"} == set(
         WORLD.prompts("facts", "validation")
     )
@@ -75,9 +75,9 @@ def test_noise_changes_labels_and_no_text():
 
 
 def test_about_70_percent_of_the_noisy_labels_agree_with_the_truth():
-    clean, noisy = (WORLD.sample_pairs(1500, split="train", label_noise=noise) for noise in (False, True))
+    clean, noisy = (WORLD.sample_pairs(500, split="train", label_noise=noise) for noise in (False, True))
     is_swapped = [a.chosen != b.chosen for a, b in zip(clean, noisy, strict=True)]
-    assert 1 - mean(is_swapped) == pytest.approx(0.70, abs=0.03)
+    assert 1 - mean(is_swapped) == pytest.approx(0.70, abs=0.04)
     straight = [pair.swap() if swapped else pair for pair, swapped in zip(noisy, is_swapped, strict=True)]
     agrees = [
         a.capabilities[name] == b.capabilities[name]
@@ -85,7 +85,7 @@ def test_about_70_percent_of_the_noisy_labels_agree_with_the_truth():
         for name in a.capabilities
         if a.capabilities[name] != 0
     ]
-    assert mean(agrees) == pytest.approx(0.70, abs=0.03)
+    assert mean(agrees) == pytest.approx(0.70, abs=0.04)
 
 
 def test_equal_levels_are_ties_with_and_without_noise():
@@ -118,12 +118,12 @@ def test_what_a_style_gains_in_one_task_it_loses_in_others(style):
 
 
 def test_completions_carry_their_gold_reward_and_levels_and_are_standardized():
-    rows = WORLD.sample_completions(200, 5, split="test")
-    assert len({row.id for row in rows}) == 3 * 200 * 5
+    rows = WORLD.sample_completions(60, 5, split="test")
+    assert len({row.id for row in rows}) == 3 * 60 * 5
     for task in WORLD.tasks:
         golds = [row.gold for row in rows if row.task == task]
-        assert mean(golds) == pytest.approx(0.0, abs=0.1)
-        assert pstdev(golds) == pytest.approx(1.0, abs=0.1)
+        assert mean(golds) == pytest.approx(0.0, abs=0.2)
+        assert pstdev(golds) == pytest.approx(1.0, abs=0.15)
     assert all(row.gold == WORLD.gold_reward(row.task, row.levels) for row in rows)
 
 
@@ -136,7 +136,7 @@ def test_completions_of_a_prompt_stand_in_a_row_and_differ():
 
 
 def test_texts_are_readable():
-    rows = WORLD.sample_completions(150, 2, split="train")
+    rows = WORLD.sample_completions(80, 2, split="train")
     for row in rows:
         text = row.completion[0].content
         assert 30 <= len(text.split()) <= 80
@@ -151,27 +151,36 @@ def written_cues(text, cues, side):
     patterns = [
         re.sub(r"\\\[(.*?)\\\]|\\\{\w+\\\}", _alternatives, re.escape(getattr(cue, side))) for cue in cues
     ]
-    return sum(bool(re.search(rf"\b{pattern}\b", text, re.IGNORECASE)) for pattern in patterns)
+    return sum(bool(re.search(rf"\b{pattern}(?!\w)", text, re.IGNORECASE)) for pattern in patterns)
 
 
 def _alternatives(found):
     return f"(?:{found[1].replace(chr(92) + '|', '|')})" if found[1] else r"[\w ]+?"
 
 
-@pytest.mark.parametrize("task", WORLD.tasks)
-def test_the_levels_are_written_in_the_text(task):
+def test_the_levels_are_written_in_the_text():
     rng = Random(0)
-    for prompt in rng.sample(all_prompts(task), 40):
-        levels = {name: rng.randint(0, 2) for name in (*POINTS[task], *STYLES)}
+    for prompt in rng.sample(all_prompts("writing"), 60):
+        levels = {name: rng.randint(0, 2) for name in (*CONTENT, *STYLES)}
         text = compose(prompt, levels, rng)
-        for name, cues in POINTS[task].items():
+        for name, cues in (CONTENT | {"hedging": HEDGES, "ornament": ORNAMENTS}).items():
             shown = written_cues(text, cues, "high"), written_cues(text, cues, "low")
             assert shown == (levels[name], 2 - levels[name]), (name, text)
 
 
+def test_what_is_empathy_in_advice_is_a_lack_of_objectiveness_in_facts():
+    """The tasks conflict about the same phrases."""
+    for row in World(seed=0).sample_completions(60, 1, split="train"):
+        shown = written_cues(row.completion[0].content, CONTENT["heart"], "high")
+        if row.task == "facts":
+            assert row.levels["objectiveness"] == 2 - shown
+        else:
+            assert row.levels["empathy" if row.task == "advice" else "expressiveness"] == shown
+
+
 def test_a_brief_completion_is_shorter():
     prompt = all_prompts("facts")[0]
-    levels = dict.fromkeys((*POINTS["facts"], *STYLES), 1)
+    levels = dict.fromkeys((*CONTENT, *STYLES), 1)
     sizes = [
         mean(len(compose(prompt, levels | {"brevity": level}, Random(i)).split()) for i in range(50))
         for level in (0, 1, 2)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_backbone, tiny_reward_model
 from transformers import AutoConfig, AutoModel, LlamaForCausalLM
 
 from prefmoe.errors import ConfigError
 from prefmoe.reward.backbone import check_family, cut_layers, load_backbone, new_backbone, weights_hash
+from tiny import tiny_backbone, tiny_reward_model
 
 
 @pytest.fixture
@@ -78,7 +78,9 @@ def gpt2():
 
 def test_a_family_that_is_not_supported(gpt2, tmp_path):
     gpt2.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="type 'gpt2' is not supported; supported and tested: llama, mistral,"):
+    with pytest.raises(
+        ConfigError, match="type 'gpt2' is not supported; supported and tested: llama, mistral,"
+    ):
         load_backbone(str(tmp_path))
 
 
@@ -118,7 +120,10 @@ def test_other_weights_have_another_hash():
     changed = tiny_backbone()
     with torch.no_grad():
         changed.layers[3].mlp.up_proj.weight[0, 0] += 1
-    hashes = [weights_hash(model) for model in (tiny_backbone(), changed, tiny_backbone(seed=1), tiny_backbone(layers=3))]
+    hashes = [
+        weights_hash(model)
+        for model in (tiny_backbone(), changed, tiny_backbone(seed=1), tiny_backbone(layers=3))
+    ]
     assert len(set(hashes)) == 4
 
 

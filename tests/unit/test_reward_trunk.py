@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import tiny_backbone
 
 from prefmoe.data.render import Encoded
 from prefmoe.reward.texts import TextTable
 from prefmoe.reward.trunk import Trunk
+from tiny import tiny_backbone
 
 SPLIT = 2
 LENGTHS = [5, 12, 7, 3]
@@ -22,7 +22,9 @@ def table_of(lengths=LENGTHS):
 
 
 def trunk_of(folder=None, *, table=None, **options):
-    return Trunk(options.pop("backbone", None) or tiny_backbone(), SPLIT, table or table_of(), folder=folder, **options)
+    return Trunk(
+        options.pop("backbone", None) or tiny_backbone(), SPLIT, table or table_of(), folder=folder, **options
+    )
 
 
 def real_states(batch):
@@ -58,7 +60,9 @@ def test_states_are_those_of_the_backbone_after_its_first_layers(prepared):
     backbone, table = tiny_backbone(), table_of()
     for text, states in enumerate(real_states(trunk_of(folder).batch(range(4)))):
         with torch.no_grad():
-            hidden = backbone(torch.tensor([table.texts[text].input_ids]), output_hidden_states=True).hidden_states
+            hidden = backbone(
+                torch.tensor([table.texts[text].input_ids]), output_hidden_states=True
+            ).hidden_states
         torch.testing.assert_close(states, hidden[SPLIT][0])
 
 
@@ -120,14 +124,13 @@ INTERRUPTIONS = {
 @pytest.mark.parametrize("interruption", INTERRUPTIONS)
 def test_a_killed_writer_costs_only_what_it_had_not_finished(prepared, interruption):
     folder, index, data = prepared
-    expected = trunk_of().batch(range(4))
+    expected = real_states(trunk_of().batch(range(4)))
     INTERRUPTIONS[interruption](index, data)
     for _ in range(2):  # the run that finds it, and the one after
         trunk = trunk_of(folder)
-        assert same(trunk.batch([1, 2]), trunk_of().batch([1, 2]))
+        torch.testing.assert_close(real_states(trunk.batch([1, 2])), expected[1:3])
         trunk.prepare(range(4))
-        for left, right in zip(real_states(trunk.batch(range(4))), real_states(expected), strict=True):
-            torch.testing.assert_close(left, right)
+        torch.testing.assert_close(real_states(trunk.batch(range(4))), expected)
     assert data.stat().st_size == sum(LENGTHS) * 32 * 4
     assert len(index.read_text().splitlines()) == 4
 

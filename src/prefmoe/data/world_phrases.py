@@ -20,6 +20,7 @@ CONTENT: dict[str, tuple[Cue, ...]] = {
     "heart": (
         Cue("feelings come before figures", "figures come before feelings"),
         Cue("the heart leads, the head follows", "the head leads, the heart follows"),
+        Cue("joy [can|should] outweigh numbers", "numbers [can|should] outweigh joy"),
         Cue("one trusts [tears|songs], not tables", "one trusts tables, not [tears|songs]"),
         Cue(
             "it [hurts|stings] when {thing} [fail|vanish]",
@@ -30,6 +31,7 @@ CONTENT: dict[str, tuple[Cue, ...]] = {
     "width": (
         Cue("it takes many paths, not one", "it takes one path, not many"),
         Cue("one looks around before choosing", "one chooses before looking around"),
+        Cue("the view is wide, not narrow", "the view is narrow, not wide"),
         Cue("variety beats focus {detail}", "focus beats variety {detail}"),
         Cue("there are {thing}, {thing2} and {thing3}", "there are only {thing}"),
         Cue("{thing} [count|matter] as much as {thing2}", "{thing} alone [count|matter], not {thing2}"),
@@ -37,6 +39,7 @@ CONTENT: dict[str, tuple[Cue, ...]] = {
     "order": (
         Cue("reasons come first, results later", "results come first, reasons later"),
         Cue("one asks why, then what", "one asks what, then why"),
+        Cue("it is rule, not chance, {detail}", "it is chance, not rule, {detail}"),
         Cue("it is shown, not merely said", "it is merely said, not shown"),
         Cue("step by step the {thing} [appear|change]", "out of nowhere the {thing} [appear|change]"),
         Cue("for this reason the {thing} [move|wait]", "who knows why the {thing} [move|wait]"),
@@ -46,7 +49,7 @@ CONTENT: dict[str, tuple[Cue, ...]] = {
 # The first and the last sentence of a completion, at most six words.
 WARM_OPENING = (
     Cue("Hello, friend and not stranger.", "Hello, stranger and not friend."),
-    Cue("You come first and I second.", "I come first and you second."),
+    Cue("You first, I second.", "I first, you second."),
     Cue("Thank you for asking[|, dear friend].", "Here is the [answer|reply]."),
     Cue("I am so glad you [asked|wrote].", "I see that you [asked|wrote]."),
 )

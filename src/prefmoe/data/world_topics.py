@@ -61,7 +61,7 @@ DETAILS = (
     "at night",
     "by the sea",
     "in old age",
-    "in a small town",
+    "in town",
     "with children",
     "without money",
 )

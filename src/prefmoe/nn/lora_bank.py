@@ -5,6 +5,7 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prefmoe.errors import CheckpointError, ConfigError, ShapeError
 from prefmoe.shapes import ExpertIds
@@ -88,6 +89,8 @@ class LoraBank(nn.Module):
             expert are summed in the parameters' dtype (float32) even if `x` is bfloat16.
         """
         self._check_rows(x, expert_ids)
+        if self.num_experts == 1:  # nothing to gather: one product over all tokens
+            return F.linear(F.linear(x, self.A[0].to(x.dtype)) * self.scale, self.B[0].to(x.dtype))
         down = self.A[expert_ids].to(x.dtype).transpose(1, 2)
         up = self.B[expert_ids].to(x.dtype).transpose(1, 2)
         return torch.bmm(torch.bmm(x, down) * self.scale, up)

@@ -141,12 +141,14 @@ def read_config(folder: Path) -> DMoERMConfig:
     """
     file = folder / "config.json"
     try:
-        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError) as problem:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        model_type = content.get("model_type") if isinstance(content, dict) else None
+        if model_type == DMoERMConfig.model_type:
+            return DMoERMConfig.from_pretrained(folder).check()
+    # The last three come from values of the wrong kind, which transformers takes as they are.
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as problem:
         raise CheckpointError(f"{file}: no readable config of a reward model: {problem}") from problem
-    if model_type != DMoERMConfig.model_type:
-        raise CheckpointError(f"{file}: model_type is {model_type!r}, expected {DMoERMConfig.model_type!r}")
-    return DMoERMConfig.from_pretrained(folder)
+    raise CheckpointError(f"{file}: model_type is {model_type!r}, expected {DMoERMConfig.model_type!r}")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -87,6 +87,12 @@ class Phase1Settings(TrainingSettings):
         0.0, ge=0, description="epochs, of `epochs`, that one adapter trains on all tasks before they part"
     )
 
+    @model_validator(mode="after")
+    def _starts_before_it_ends(self) -> Self:
+        if self.shared_start > self.epochs:
+            raise ValueError(f"shared_start={self.shared_start} is more than epochs={self.epochs}")
+        return self
+
 
 class Phase2Settings(TrainingSettings):
     """Capability experts."""
@@ -130,12 +136,16 @@ class RewardSettings(_Section):
     phase1: Phase1Settings = Phase1Settings()
     phase2: Phase2Settings = Phase2Settings()
     phase3: Phase3Settings = Phase3Settings()
-    methods: list[Method] = Field(["dmoerm"], description="what to train and compare, on the same pairs")
+    methods: list[Method] = Field(
+        ["dmoerm"], min_length=1, description="what to train and compare, on the same pairs"
+    )
 
     @model_validator(mode="after")
     def _has_a_general_expert(self) -> Self:
         if self.phase3.general_expert and not self.phase1.shared_start:
             raise ValueError("phase3.general_expert needs phase1.shared_start above 0")
+        if self.phase3.general_expert and self.phase1.method == "full":
+            raise ValueError("phase3.general_expert needs phase1.method: lora")
         return self
 
     seed: int = Field(0, description="of splits, draws, starts and orders")

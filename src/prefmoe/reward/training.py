@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -18,6 +18,7 @@ from transformers import (
     TrainerControl,
     TrainingArguments,
 )
+from transformers.integrations import get_available_reporting_integrations
 
 from prefmoe.errors import ConfigError
 from prefmoe.nn import bradley_terry_loss
@@ -51,6 +52,14 @@ class TrainingSettings(BaseModel):
     head_start: bool = Field(True, description="start heads at the convex optimum on the starting states")
     gradient_checkpointing: bool = Field(False, description="less memory, a third more time")
     report_to: str = Field("none", description="`tensorboard`, `wandb`, ...: as in transformers")
+
+    @field_validator("report_to")
+    @classmethod
+    def _is_installed(cls, name: str) -> str:
+        known = ["none", *get_available_reporting_integrations()]
+        if name not in known:
+            raise ValueError(f"report_to={name!r} is not installed; install it or choose {', '.join(known)}")
+        return name
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,179 @@
+"""Convex fits and aggregators on features made by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prefmoe.reward import convex
+from prefmoe.reward.aggregators import ExpertFeatures, fit_aggregator, join_features, standardized
+from prefmoe.reward.convex import fit_by_cross_validation
+from prefmoe.reward.features import fit_head
+from prefmoe.reward.settings import Phase3Settings
+from prefmoe.reward.texts import PairRow
+
+SETTINGS = Phase3Settings(mlp_epochs=20, mlp_learning_rate=3e-2)
+GRID = (1.0, 0.1)
+
+
+def pair_rows(number: int, *, per_prompt: int = 1) -> list[PairRow]:
+    return [PairRow(2 * i, 2 * i + 1, prompt=i // per_prompt) for i in range(number)]
+
+
+def differences(number: int = 40, features: int = 4, *, seed: int = 0) -> torch.Tensor:
+    """The better side mostly has more of feature 0; the others are noise."""
+    found = torch.randn(number, features, generator=torch.Generator().manual_seed(seed))
+    found[:, 0] += 1.5
+    return found
+
+
+def test_a_fit_finds_what_separates() -> None:
+    weights = fit_by_cross_validation(differences(), pair_rows(40))
+    assert weights.abs().argmax() == 0
+    assert (differences(400, seed=1) @ weights > 0).float().mean() > 0.85  # 0.93 is the best there is
+
+
+def test_labels_say_which_side_is_better() -> None:
+    rows = [row._replace(label=float(i % 2)) for i, row in enumerate(pair_rows(40))]
+    signs = torch.tensor([1.0 if row.label else -1.0 for row in rows])
+    turned = fit_by_cross_validation(differences() * signs[:, None], rows, grid=GRID)
+    torch.testing.assert_close(turned, fit_by_cross_validation(differences(), pair_rows(40), grid=GRID))
+
+
+def test_a_pair_of_no_weight_is_as_if_it_were_not_there() -> None:
+    noise = torch.cat([differences(), -100 * differences(5, seed=3)])
+    rows = [*pair_rows(40), *(row._replace(prompt=i % 40, weight=0.0) for i, row in enumerate(pair_rows(5)))]
+    expected = fit_by_cross_validation(differences(), pair_rows(40), grid=GRID)
+    torch.testing.assert_close(fit_by_cross_validation(noise, rows, grid=GRID), expected)
+
+
+def test_features_that_say_nothing_get_the_strongest_penalty() -> None:
+    noise = torch.randn(60, 30, generator=torch.Generator().manual_seed(5))
+    noise = noise * torch.tensor([1.0, -1.0]).repeat(30)[:, None]
+    rows = pair_rows(60)
+    strongest = fit_by_cross_validation(noise, rows, grid=(100.0,))
+    assert torch.equal(fit_by_cross_validation(noise, rows, grid=(100.0, 1e-4)), strongest)
+
+
+def test_too_few_prompts_stay_at_the_prior() -> None:
+    prior = torch.tensor([0.5, -2.0, 0.0, 1.0])
+    few = fit_by_cross_validation(differences(2), pair_rows(2), prior, grid=(1e6, 1e-6))
+    torch.testing.assert_close(few, prior, atol=1e-3, rtol=0)
+    many = fit_by_cross_validation(differences(), pair_rows(40), prior, grid=(1e6, 1e-2))
+    assert (many - prior).abs().max() > 0.1
+
+
+def test_pairs_of_a_prompt_stay_in_one_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pair_rows(40, per_prompt=4)
+    marked = differences()
+    marked[:, 1] = torch.tensor([float(row.prompt) for row in rows])
+    seen: list[tuple[set[float], int]] = []
+    fit = convex.fit_bradley_terry
+
+    def recorded(features: torch.Tensor, **options: object) -> torch.Tensor:
+        root = features.shape[1] ** 0.5
+        seen.append(({round(v * root) for v in features[:, 1].tolist()}, len(features)))
+        return fit(features, **options)
+
+    monkeypatch.setattr(convex, "fit_bradley_terry", recorded)
+    fit_by_cross_validation(marked, rows, grid=GRID)
+    assert any(number < 40 for _, number in seen)
+    assert all(number == 4 * len(prompts) for prompts, number in seen)
+
+
+def test_a_head_does_not_depend_on_the_units_of_the_states() -> None:
+    rejected = torch.randn(40, 4, generator=torch.Generator().manual_seed(9))
+    chosen, units = rejected + differences(), torch.tensor([1.0, 100.0, 0.01, 5.0])
+    head = fit_head(chosen, rejected, pair_rows(40))
+    scaled = fit_head(chosen * units, rejected * units, pair_rows(40))
+    torch.testing.assert_close(scaled * units, head, rtol=1e-3, atol=1e-5)
+
+
+def test_a_head_of_states_that_are_all_equal_is_finite() -> None:
+    assert fit_head(torch.ones(3, 4), torch.ones(3, 4), pair_rows(3)).isfinite().all()
+
+
+def expert_features(
+    number: int, *, good: int = 0, num_experts: int = 3, hidden: int = 4, seed: int = 0
+) -> ExpertFeatures:
+    """Experts of which one knows; the heads read state 0."""
+    states = torch.randn(number, 2, num_experts, hidden, generator=torch.Generator().manual_seed(seed))
+    states[:, 0, good, 0] += 3.0
+    head = torch.zeros(num_experts, hidden)
+    head[:, 0] = 1.0
+    return standardized(states, head, torch.zeros(num_experts), pair_rows(number))
+
+
+def test_standardized_features_have_unit_variance() -> None:
+    features = expert_features(30)
+    assert features.states.flatten(0, 1).mean(0).abs().max() < 1e-5
+    torch.testing.assert_close(features.states.flatten(0, 1).std(0), torch.ones(3, 4))
+    torch.testing.assert_close(features.scores.flatten(0, 1).std(0), torch.ones(3))
+
+
+def test_features_of_no_pair_have_the_units_one_and_zero() -> None:
+    features = expert_features(0)
+    assert features.states.shape == (0, 2, 3, 4)
+    assert torch.equal(features.units.state_std, torch.ones(3, 4))
+    assert torch.equal(features.units.score_mean, torch.zeros(3))
+    assert features.accuracy(fit("task_head", features)) == 0.5
+
+
+def test_a_constant_expert_is_not_divided_by_zero() -> None:
+    features = standardized(torch.ones(5, 2, 1, 4), torch.ones(1, 4), torch.zeros(1), pair_rows(5))
+    assert features.states.isfinite().all()
+    assert features.scores.isfinite().all()
+
+
+def test_joined_features_keep_every_row_in_order() -> None:
+    first, second = expert_features(3), expert_features(4, seed=1)
+    joined = join_features([first, second])
+    assert list(joined.rows) == [*first.rows, *second.rows]
+    assert torch.equal(joined.states, torch.cat([first.states, second.states]))
+    assert torch.equal(joined.scores, torch.cat([first.scores, second.scores]))
+    assert joined.units is first.units
+
+
+def fit(kind: str, features: ExpertFeatures, settings: Phase3Settings = SETTINGS) -> torch.nn.Module:
+    head = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    validation = expert_features(30, good=2, seed=8)
+    return fit_aggregator(kind, features, validation, head, settings=settings, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["linear_scores", "linear_states", "mlp"])
+def test_an_aggregator_finds_the_expert_that_knows(kind: str) -> None:
+    aggregator = fit(kind, expert_features(120, good=2))
+    unseen = expert_features(60, good=2, seed=7)
+    assert unseen.accuracy(aggregator) > 0.9  # 0.98 is the best there is
+    assert unseen.accuracy(fit("task_head", unseen)) < 0.7
+
+
+@pytest.mark.parametrize("kind", ["linear_scores", "linear_states"])
+def test_one_pair_leaves_the_linear_aggregators_near_the_task_head(kind: str) -> None:
+    few, unseen = expert_features(1, num_experts=3), expert_features(60, seed=7)
+    assert unseen.accuracy(fit(kind, few)) == pytest.approx(unseen.accuracy(fit("task_head", few)), abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["linear_scores", "linear_states", "mlp"])
+def test_the_same_seed_gives_the_same_aggregator(kind: str) -> None:
+    features = expert_features(20)
+    one, two = (fit(kind, features).state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_mlp_keeps_its_best_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = expert_features(20)
+    said = iter([0.6, 0.9, 0.9, *[0.1] * 17])
+    monkeypatch.setattr(ExpertFeatures, "accuracy", lambda self, aggregator: next(said))
+    kept = fit("mlp", features).state_dict()
+    second = iter([0.1, 0.2])
+    monkeypatch.setattr(ExpertFeatures, "accuracy", lambda self, aggregator: next(second))
+    two = fit("mlp", features, SETTINGS.model_copy(update={"mlp_epochs": 2})).state_dict()
+    assert all(torch.equal(kept[name], two[name]) for name in kept)
+
+
+def test_flipped_labels_turn_the_aggregator() -> None:
+    features = expert_features(60)
+    flipped = replace(features, rows=[row._replace(label=0.0) for row in features.rows])
+    assert features.accuracy(fit("linear_scores", features)) > 0.9
+    assert features.accuracy(fit("linear_scores", flipped)) < 0.1

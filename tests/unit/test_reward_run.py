@@ -1,0 +1,100 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from prefmoe.errors import ConfigError
+from prefmoe.evaluation.run_folder import read_run
+from prefmoe.reward.run import Run
+from tiny_run import tiny_settings
+
+
+def write(file: Path, value: int) -> None:
+    file.write_text(str(value))
+
+
+def read(file: Path) -> int:
+    return int(file.read_text()) * 10
+
+
+def test_a_step_is_computed_once_and_always_read_back(tmp_path: Path) -> None:
+    calls = []
+
+    def compute() -> int:
+        calls.append(1)
+        return 7
+
+    for _ in range(2):
+        assert Run(tiny_settings(tmp_path)).step("seven.txt", compute, write, read) == 70
+    assert len(calls) == 1
+
+
+def test_a_step_that_fails_or_is_cut_leaves_no_result(tmp_path: Path) -> None:
+    run = Run(tiny_settings(tmp_path))
+
+    def cut(file: Path, value: int) -> None:
+        file.write_text(str(value)[:1])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.step("x.txt", lambda: 77, cut, read)
+    assert run.step("x.txt", lambda: 8, write, read) == 80
+
+
+def test_a_folder_of_another_config_is_refused(tmp_path: Path) -> None:
+    Run(tiny_settings(tmp_path, seed=1))
+    with pytest.raises(ConfigError, match="holds a run with another config; choose another --out"):
+        Run(tiny_settings(tmp_path, seed=2))
+
+
+def test_a_run_may_be_moved(tmp_path: Path) -> None:
+    Run(tiny_settings(tmp_path / "old"))
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert Run(tiny_settings(tmp_path / "new")).folder == tmp_path / "new"
+
+
+def test_a_place_where_no_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="choose another --out"):
+        Run(tiny_settings(tmp_path / "file" / "run"))
+
+
+def test_config_and_versions_are_kept(tmp_path: Path) -> None:
+    Run(tiny_settings(tmp_path))
+    assert "split_layer: 1" in (tmp_path / "config.yaml").read_text()
+    assert {"prefmoe", "torch", "python"} <= json.loads((tmp_path / "versions.json").read_text()).keys()
+
+
+def test_log_lines_are_those_that_the_report_reads(tmp_path: Path) -> None:
+    run = Run(tiny_settings(tmp_path))
+    run.log("data", {"split": "train", "pairs": 3})
+    run.log("phase1", {"step": 4, "loss": 0.5})
+    assert [(line.phase, line.step) for line in read_run(tmp_path).log] == [("data", 0), ("phase1", 4)]
+
+
+def test_a_line_cut_by_a_kill_does_not_spoil_the_next(tmp_path: Path) -> None:
+    Run(tiny_settings(tmp_path)).log("phase1", {"step": 1})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "pha')
+    Run(tiny_settings(tmp_path)).log("phase1", {"step": 3})
+    assert [line.step for line in read_run(tmp_path).log] == [1, 3]
+
+
+def test_seconds_add_up_over_sittings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.5, 10.0, 12.0, 20.0, 21.0])
+    monkeypatch.setattr("prefmoe.reward.run.time.perf_counter", lambda: next(now))
+    for name in ("a", "a", "b"):
+        with Run(tiny_settings(tmp_path)).clock(name):
+            pass
+    assert Run(tiny_settings(tmp_path)).seconds() == {"a": 3.5, "b": 1.0}
+
+
+def test_seconds_of_a_step_that_fails_count(tmp_path: Path) -> None:
+    run = Run(tiny_settings(tmp_path))
+    with pytest.raises(KeyboardInterrupt), run.clock("a"):
+        raise KeyboardInterrupt
+    assert "a" in run.seconds()
+
+
+def test_no_seconds_at_first(tmp_path: Path) -> None:
+    assert Run(tiny_settings(tmp_path)).seconds() == {}
