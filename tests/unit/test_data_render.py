@@ -3,7 +3,7 @@
 import pytest
 
 from data_helpers import CHATML, STRICT, assistant, byte_tokenizer, make_pair, user
-from prefmoe.data.render import Renderer, check_rendered
+from prefmoe.data.render import Renderer
 from prefmoe.errors import ConfigError, DataError
 from prefmoe.records import Message
 
@@ -192,26 +192,3 @@ def test_date_in_a_template_stands_still():
     dated = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}" + CHATML
     rendering = renderer(dated)
     assert texts(rendering, rendering.encode_prompt(user("x")))[0].startswith("26 Jul 2024<|im_start|>user")
-
-
-def test_check_rendered_counts_truncation_and_finds_sides_that_became_equal():
-    start = "z" * 40
-    pairs = [
-        make_pair("good"),
-        make_pair("long prompt", "y" * 60),
-        make_pair("equal", chosen=assistant(start + "yes"), rejected=assistant(start + "no")),
-        make_pair("empty", rejected=assistant("")),
-    ]
-    report = check_rendered(pairs, renderer(max_length=50))
-    assert report.problems == [
-        "pair 'equal': the two sides are equal after truncation to max_length=50; "
-        "raise max_length or drop the pair",
-        "pair 'empty': the completion is empty; drop the row",
-    ]
-    assert (report.num_pairs, report.num_truncated) == (4, 2)
-    lost = [
-        renderer(max_length=50).encode(p.prompt, side).truncated_tokens
-        for p in pairs[:3]
-        for side in (p.chosen, p.rejected)
-    ]
-    assert report.truncated_tokens == sum(lost) > 0

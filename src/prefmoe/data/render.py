@@ -2,8 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +11,7 @@ import jinja2
 from prefmoe.data.fields import has_text
 from prefmoe.data.text import common_length
 from prefmoe.errors import ConfigError, DataError
-from prefmoe.records import Message, Messages, PreferencePair
+from prefmoe.records import Message, Messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -181,42 +180,6 @@ class Renderer:
         question = (Message("user", "x"),)
         without, opened = self._token_ids(question), self._token_ids(question, add_generation_prompt=True)
         return opened[common_length(without, opened) :]
-
-
-@dataclass(frozen=True, slots=True)
-class RenderReport:
-    """What rendering does to a set of pairs.
-
-    Attributes:
-        num_pairs: Pairs looked at.
-        num_truncated: Pairs of which at least one side lost tokens.
-        truncated_tokens: Tokens lost, over both sides.
-        problems: Pairs that cannot be trained on, one sentence each.
-    """
-
-    num_pairs: int = 0
-    num_truncated: int = 0
-    truncated_tokens: int = 0
-    problems: list[str] = field(default_factory=list)
-
-
-def check_rendered(pairs: Sequence[PreferencePair], renderer: Renderer) -> RenderReport:
-    """Counts truncation and finds the pairs whose two sides are the same tokens once they are rendered."""
-    problems: list[str] = []
-    lost: list[int] = []
-    for pair in pairs:
-        try:
-            chosen, rejected = (renderer.encode(pair.prompt, side) for side in (pair.chosen, pair.rejected))
-        except DataError as error:
-            problems.append(f"pair {pair.id!r}: {error}")
-            continue
-        lost.append(chosen.truncated_tokens + rejected.truncated_tokens)
-        if chosen.input_ids[chosen.prompt_length :] == rejected.input_ids[rejected.prompt_length :]:
-            problems.append(
-                f"pair {pair.id!r}: the two sides are equal after truncation to "
-                f"max_length={renderer.max_length}; raise max_length or drop the pair"
-            )
-    return RenderReport(len(pairs), sum(tokens > 0 for tokens in lost), sum(lost), problems)
 
 
 def _shorter_prompts(prompt: Messages) -> Iterator[Messages]:

@@ -18,7 +18,7 @@ from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.experts import Experts, ExpertState
 from prefmoe.reward.features import pooled_states
 from prefmoe.reward.model import DMoERMForSequenceClassification
-from prefmoe.reward.phases import ALL, Fold, expert_name
+from prefmoe.reward.phases import Fold, expert_name
 from prefmoe.reward.texts import PairRow
 from prefmoe.reward.training import TrainedExpert
 from prefmoe.reward.workbench import Workbench
@@ -234,10 +234,3 @@ def _set_units(
     rewards: Tensor = aggregator(features.states.flatten(0, 1), features.scores.flatten(0, 1))
     model.reward_mean[task_id] = rewards.mean()
     model.reward_std[task_id] = rewards.std().clamp_min(1e-4)
-
-
-def single_task_features(
-    features: Mapping[str, ExpertFeatures], task: str = ALL
-) -> dict[str, ExpertFeatures]:
-    """Features of one expert under one task's name."""
-    return {task: next(iter(features.values()))}

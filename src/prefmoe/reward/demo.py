@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -32,7 +32,7 @@ from prefmoe.reward.settings import RewardSettings, check_settings
 from prefmoe.reward.train import Models, train_models
 from prefmoe.reward.workbench import Workbench, build_workbench
 
-_WORDS = r"[A-Za-z']+|[^\sA-Za-z]"
+_WORDS = r"[a-z']+|[^\sa-z]"  # of lower-case text
 _SPECIAL = ["<pad>", "</s>", "<unk>", "<user>", "<assistant>"]
 _TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] }}"
@@ -63,9 +63,7 @@ class DemoResult(NamedTuple):
     report: Path
 
 
-def run_demo(
-    out: Path, *, size: DemoSize = FULL, seed: int = 0, progress: Progress = silent
-) -> DemoResult:
+def run_demo(out: Path, *, size: DemoSize = FULL, seed: int = 0, progress: Progress = silent) -> DemoResult:
     """Trains and compares a single reward model, one per task, and DMoERM; writes a run folder with a report."""
     world = World(seed)
     backbone = out / "backbone"
@@ -106,12 +104,10 @@ def best_of_n_curves(
     bench: Workbench, models: Models, completions: Sequence[WorldCompletion], num: int
 ) -> dict[str, BestOfNCurve]:
     """Gold reward of the best of n completions by every method's reward; `num` completions a prompt."""
-    texts = [
-        bench.table.add(bench.renderer.encode(row.prompt, row.completion)) for row in completions
-    ]
+    texts = [bench.table.add(bench.renderer.encode(row.prompt, row.completion)) for row in completions]
     gold = torch.tensor([row.gold for row in completions]).view(-1, num)
     ns = [2**power for power in range(num.bit_length()) if 2**power <= num]
-    curves = {}
+    curves: dict[str, BestOfNCurve] = {}
     for method, model in models.items():
         label = f"best of {num}, {method}"
         scores = score_texts(model, bench.trunk, texts, label=label, progress=bench.progress)
@@ -195,7 +191,7 @@ def word_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.WhitespaceSplit(),
-            pre_tokenizers.Split(_split_pattern(), behavior="removed", invert=True),
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
         ]
     )
     backend.add_special_tokens(_SPECIAL)
@@ -205,12 +201,6 @@ def word_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )  # fmt: skip
     tokenizer.chat_template = _TEMPLATE
     return tokenizer
-
-
-def _split_pattern() -> object:
-    from tokenizers import Regex
-
-    return Regex(r"[a-z']+|[^\sa-z]")
 
 
 class _Steps(TrainerCallback):
