@@ -23,7 +23,7 @@ class _Numbers(BaseModel):
 
 
 class RouterMetrics(_Numbers):
-    """How often the router finds the task of a test prompt; a fraction."""
+    """Share of test pairs whose prompt the router sends to its task; a fraction."""
 
     accuracy: float
 

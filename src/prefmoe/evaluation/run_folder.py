@@ -33,7 +33,7 @@ class LogLine(BaseModel):
 
 
 class RouterConfusion(BaseModel):
-    """`router_confusion.json`: how many test prompts of task (row) were sent to task (column)."""
+    """`router_confusion.json`: how many test pairs of task (row) had their prompt sent to task (column)."""
 
     tasks: list[str]
     counts: list[list[int]]

@@ -145,19 +145,17 @@ def warn_of_unknown_tasks(pairs: Sequence[PreferencePair], known: Sequence[str])
 def router_confusion(
     model: DMoERMForSequenceClassification, encoded: EncodedPairs, chosen: Scores
 ) -> RouterConfusion:
-    """How test prompts of each task were routed; pairs of tasks that the model never saw are left out."""
+    """How the prompts of test pairs were routed, every pair once; tasks that the model never saw are left out."""
     names = model.config.task_names
     counts = torch.zeros(len(names), len(names), dtype=torch.long)
-    seen: set[int] = set()
-    for pair, row, used in zip(encoded.pairs, encoded.rows, chosen.task_ids.tolist(), strict=True):
-        if pair.task in names and row.prompt not in seen:  # prompts count once
-            seen.add(row.prompt)
+    for pair, used in zip(encoded.pairs, chosen.task_ids.tolist(), strict=True):
+        if pair.task in names:
             counts[names.index(str(pair.task)), used] += 1
     return RouterConfusion(tasks=names, counts=counts.tolist())
 
 
 def confusion_accuracy(confusion: RouterConfusion) -> float | None:
-    """Share of prompts on the diagonal; None without prompts."""
+    """Share of pairs on the diagonal; None without pairs."""
     counts = torch.tensor(confusion.counts)
     return counts.diagonal().sum().item() / counts.sum().item() if counts.sum() else None
 
