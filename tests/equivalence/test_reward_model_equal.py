@@ -8,8 +8,10 @@ from prefmoe.reward.backbone import TESTED_FAMILIES
 from reference import reward_model as slow
 from tiny import tiny_backbone, tiny_reward_model
 
-LENGTHS = [9, 4, 7, 6]
-PROMPT_LENGTHS = [5, 2, 7, 1]  # the third has no completion: pooling falls back to the last token
+LENGTHS = [44, 4, 7, 6]
+# The first is longer than the tokens that the router counts twice; the third has no completion: pooling falls back to
+# its last token.
+PROMPT_LENGTHS = [40, 2, 7, 1]
 TASKS = [2, 0, 1, 0]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -91,7 +93,7 @@ def test_task_probabilities_and_capability_scores_are_those_of_the_slow_twin():
 def test_an_expert_is_a_peft_adapter_with_the_same_weights():
     """peft's LoRA, put on the plain backbone with the weights of one expert, gives the expert's states."""
     model, expert = tiny_reward_model(), 2
-    ids, mask = torch.tensor([some_texts()[0]]), torch.ones(1, 9, dtype=torch.long)
+    ids, mask = torch.tensor([some_texts()[2]]), torch.ones(1, 7, dtype=torch.long)
     adapter = peft.get_peft_model(
         tiny_backbone(),
         peft.LoraConfig(

@@ -5,11 +5,11 @@ the pooled state is plain floats.
 """
 
 import copy
-import math
 
 import torch
 
 from reference.aggregation import aggregate, dot
+from reference.routing import router_features, softmax, task_logits
 
 
 def merged(backbone, experts, expert):
@@ -36,23 +36,13 @@ def pool(states, start, pooling):
     return [sum(column) / len(span) for column in zip(*span, strict=True)]
 
 
-def softmax(logits):
-    largest = max(logits)
-    exps = [math.exp(logit - largest) for logit in logits]
-    return [value / sum(exps) for value in exps]
-
-
 def task_probs(model, backbone, tokens, prompt_length):
-    """The router reads the mean state of the prompt, below the layers with experts."""
+    """The router reads the states of the prompt below the layers with experts."""
     with torch.no_grad():
         hidden = backbone(torch.tensor([tokens]), output_hidden_states=True).hidden_states
-    below = hidden[model.config.split_layer][0, :prompt_length].tolist()
-    mean = [sum(column) / len(below) for column in zip(*below, strict=True)]
-    router = model.router
-    x = [(v - m) / s for v, m, s in zip(mean, router.mean.tolist(), router.std.tolist(), strict=True)]
-    return softmax(
-        [dot(row, x) + b for row, b in zip(router.weight.tolist(), router.bias.tolist(), strict=True)]
-    )
+    features = router_features(hidden[model.config.split_layer][0].tolist(), prompt_length)
+    router = {name: tensor.tolist() for name, tensor in model.router.state_dict().items()}
+    return softmax(task_logits([features], **router)[0])
 
 
 def task_reward(model, backbone, tokens, prompt_length, task_id):

@@ -16,6 +16,12 @@ def task_logits(features, mean, std, weight, bias):
     return rows
 
 
+def router_features(states, prompt_length):
+    """Mean state of the prompt, then mean state of its last 32 tokens, one list."""
+    prompt = states[:prompt_length]
+    return [sum(column) / len(part) for part in (prompt, prompt[-32:]) for column in zip(*part, strict=True)]
+
+
 def softmax(logits):
     powers = [math.exp(logit - max(logits)) for logit in logits]
     return [power / sum(powers) for power in powers]

@@ -48,6 +48,7 @@ def trainer(folder, request, tmp_path):
         num_generations=2,
         max_completion_length=4,
         max_steps=1,
+        beta=0.0,  # no reference model
         logging_steps=1,
         report_to="none",
         save_strategy="no",

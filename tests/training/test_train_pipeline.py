@@ -14,7 +14,7 @@ from prefmoe.evaluation.metrics import read_metrics
 from prefmoe.evaluation.run_folder import read_run
 from prefmoe.records import Completion
 from prefmoe.reward.assemble import rows_by_task
-from prefmoe.reward.evaluate import score_pairs
+from prefmoe.reward.evaluate import evaluate_saved, method_of, score_pairs
 from prefmoe.reward.model import DMoERMForSequenceClassification
 from prefmoe.reward.phases import make_folds
 from prefmoe.reward.score import RewardModel, score_texts
@@ -128,6 +128,15 @@ def test_the_saved_model_scores_texts_as_the_pipeline_does(run: FinishedRun, met
     with torch.inference_mode():
         forward = model.model(ids, mask).logits[:, 0]
     torch.testing.assert_close(forward, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["single", "per_task", "dmoerm"])
+def test_a_saved_model_is_measured_as_in_its_run(paper_run: FinishedRun, method: str) -> None:
+    model, pairs = reloaded(paper_run, method), paper_run.bench.test.pairs
+    assert method_of(model.model) == method
+    metrics = evaluate_saved(model, pairs, seed=paper_run.settings.seed)
+    assert metrics.methods == {method: paper_run.metrics.methods[method]}
+    assert metrics.router == (None if method == "single" else paper_run.metrics.router)
 
 
 def test_rewards_have_unit_variance_on_validation(run: FinishedRun) -> None:

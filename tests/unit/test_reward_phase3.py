@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from prefmoe.reward import convex
-from prefmoe.reward.aggregators import ExpertFeatures, fit_aggregator, join_features, standardized
+from prefmoe.reward.aggregators import (
+    ExpertFeatures,
+    best_aggregator,
+    fit_aggregator,
+    join_features,
+    standardized,
+)
 from prefmoe.reward.convex import fit_by_cross_validation
 from prefmoe.reward.features import fit_head
 from prefmoe.reward.settings import Phase3Settings
@@ -177,3 +183,15 @@ def test_flipped_labels_turn_the_aggregator() -> None:
     flipped = replace(features, rows=[row._replace(label=0.0) for row in features.rows])
     assert features.accuracy(fit("linear_scores", features)) > 0.9
     assert features.accuracy(fit("linear_scores", flipped)) < 0.1
+
+
+def test_the_task_head_is_kept_unless_another_beats_it_by_more_than_a_standard_error() -> None:
+    head = torch.tensor([1.0, 0.0] * 50)
+    lucky, better = head.clone(), head.clone()
+    lucky[[1, 3, 5]], lucky[[0, 2]] = 1.0, 0.0  # 3 won, 2 lost of 100: luck
+    better[torch.arange(1, 40, 2)] = 1.0  # 20 won, none lost
+    assert best_aggregator({"task_head": head, "mlp": lucky}) == "task_head"
+    assert best_aggregator({"task_head": head, "mlp": lucky, "linear_scores": better}) == "linear_scores"
+    assert best_aggregator({"task_head": head, "mlp": head}) == "task_head"
+    assert best_aggregator({"task_head": head[:0], "mlp": head[:0]}) == "task_head"
+    assert best_aggregator({"task_head": head[1:2], "mlp": head[:1]}) == "task_head"

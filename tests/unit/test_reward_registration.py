@@ -39,19 +39,14 @@ def test_importing_prefmoe_imports_no_torch_and_no_transformers():
 @pytest.mark.parametrize(
     "program",
     [
-        f"import prefmoe\nfrom transformers import AutoModelForSequenceClassification\n{LOAD}",
+        "import prefmoe\nfrom transformers import AutoConfig, AutoModelForSequenceClassification\n"
+        f"assert AutoConfig.from_pretrained(FOLDER).model_type == 'dmoerm'\n{LOAD}",
         f"from transformers import AutoModelForSequenceClassification\nimport prefmoe\n{LOAD}",
-        f"import prefmoe\nfrom prefmoe import RewardModel\nfrom transformers import AutoModelForSequenceClassification\n{LOAD}",
     ],
-    ids=["prefmoe first", "transformers first", "our model first"],
+    ids=["prefmoe first", "transformers first"],
 )
 def test_auto_classes_load_our_model_in_any_order_of_imports(folder, program):
     assert output_of(program, folder) == "DMoERMForSequenceClassification"
-
-
-def test_the_config_alone_is_known_too(folder):
-    program = "import prefmoe\nfrom transformers import AutoConfig\nprint(AutoConfig.from_pretrained(FOLDER).model_type)"
-    assert output_of(program, folder) == "dmoerm"
 
 
 def test_every_public_name_can_be_had_and_is_listed():

@@ -5,7 +5,7 @@ import torch
 
 from data_helpers import CHATML, STRICT, assistant, byte_tokenizer, user
 from prefmoe.data.render import Renderer
-from prefmoe.errors import CheckpointError, ConfigError, DataError
+from prefmoe.errors import CheckpointError, DataError
 from prefmoe.records import Completion, Message
 from prefmoe.reward.score import RewardModel, score_texts
 from prefmoe.reward.texts import TextTable
@@ -98,11 +98,6 @@ def test_a_given_task_that_the_model_does_not_know(task):
         DataError, match=rf"tasks \['{task}'\] are not among those of the model.*use top1 routing"
     ):
         reward_model().score([row], routing="given")
-
-
-def test_an_unknown_routing_mode():
-    with pytest.raises(ConfigError, match="unknown mode; got 'best'"):
-        reward_model().score(COMPLETIONS, routing="best")
 
 
 def test_progress_reaches_its_total():

@@ -4,19 +4,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from data_helpers import assistant, make_pair, user, write_rows
+from data_helpers import CHATML, assistant, byte_tokenizer, make_pair, user, write_rows
 from prefmoe.errors import ConfigError, DataError
 from prefmoe.records import PreferencePair
 from prefmoe.reward.settings import DataSettings
 from prefmoe.reward.workbench import (
     RewardTrainingWarning,
+    Workbench,
+    build_workbench,
     draw_per_task,
     find_capabilities,
     label_capabilities,
     read_splits,
     with_task,
 )
+from tiny import tiny_backbone
 from tiny_run import planted_pairs, planted_splits, tiny_bench, tiny_settings
 
 TASKS_FILE = "tasks: {a: {description: A task., capabilities: {concise: {sentence: Short., rule: concise}}}}"
@@ -148,3 +153,61 @@ def test_limits_of_the_settings_are_kept(tmp_path: Path) -> None:
     assert Counter(p.task for p in bench.train.pairs) == {"cold": 7, "hot": 7}
     assert Counter(p.task for p in bench.validation.pairs) == {"cold": 3, "hot": 3}
     assert len(bench.test.pairs) == 32
+
+
+def saved_backbone(folder: Path, family: str = "llama", *, tokenizer: bool = True) -> PreTrainedModel:
+    backbone = tiny_backbone(family, layers=2)
+    with torch.no_grad():  # biases start at zero, where a lost one would not be seen
+        for parameter in backbone.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    backbone.save_pretrained(folder)
+    if tokenizer:
+        byte_tokenizer(CHATML).save_pretrained(folder)
+    return backbone
+
+
+def bench_from(folder: Path, **changes: object) -> Workbench:
+    settings = tiny_settings(folder / "run", backbone={"name": str(folder / "body"), **changes})
+    return build_workbench(settings, pairs=planted_splits())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_every_weight_of_the_backbone_arrives__defect_2(tmp_path: Path, family: str) -> None:
+    """The release builds its own layers and would need a map of names; Qwen's biases have no place in them."""
+    saved = saved_backbone(tmp_path / "body", family).state_dict()
+    loaded = bench_from(tmp_path).backbone.state_dict()
+    assert any(name.endswith("q_proj.bias") for name in saved) == (family == "qwen2")
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+
+
+def test_a_family_whose_layers_we_would_run_wrongly_is_refused__defect_2(tmp_path: Path) -> None:
+    """GPT-2 has one fused matrix for queries, keys and values."""
+    AutoModel.from_config(
+        AutoConfig.for_model("gpt2", vocab_size=300, n_embd=32, n_layer=2, n_head=4)
+    ).save_pretrained(tmp_path / "body")
+    with pytest.raises(ConfigError, match="backbone of type 'gpt2' is not supported"):
+        bench_from(tmp_path)
+
+
+def test_a_backbone_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        bench_from(tmp_path)
+
+
+def test_a_backbone_without_a_tokenizer(tmp_path: Path) -> None:
+    saved_backbone(tmp_path / "body", tokenizer=False)
+    with pytest.raises(ConfigError, match="comes without a tokenizer"):
+        bench_from(tmp_path)
+
+
+def test_texts_longer_than_the_backbone_was_made_for(tmp_path: Path) -> None:
+    saved_backbone(tmp_path / "body")
+    with pytest.raises(ConfigError, match="max_length=513 is more than the 512 tokens.*choose 512 or less"):
+        bench_from(tmp_path, max_length=513)
+
+
+def test_only_the_first_layers_are_kept(tmp_path: Path) -> None:
+    saved_backbone(tmp_path / "body")
+    with pytest.raises(ConfigError, match="split_layer=1 leaves no layer.*has 1 layers"):
+        bench_from(tmp_path, num_layers=1)

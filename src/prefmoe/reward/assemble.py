@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from prefmoe.nn import AggregatorKind, TaskRouter
 from prefmoe.reward.aggregators import (
     ExpertFeatures,
+    best_aggregator,
     fit_aggregator,
     join_features,
     standardized,
@@ -122,7 +123,7 @@ def choose_aggregators(
     final: Mapping[str, ExpertState],
     validation: Mapping[str, ExpertFeatures],
 ) -> dict[str, TaskAggregator]:
-    """Phase 3: fits every kind of aggregator for every task on what the folds kept back; keeps the best.
+    """Phase 3: fits every kind of aggregator for every task on what the folds kept back; keeps the best on validation.
 
     Args:
         bench: What is worked on.
@@ -155,9 +156,7 @@ def choose_aggregators(
             for kind in kinds
         }
         accuracy = {kind: validation[task].accuracy(module) for kind, module in candidates.items()}
-        best = max(
-            accuracy, key=lambda kind: accuracy[kind]
-        )  # the first of equals, and the task head is first
+        best = best_aggregator({kind: validation[task].hits(module) for kind, module in candidates.items()})
         chosen[task] = TaskAggregator(best, candidates[best], accuracy)
         bench.run.log(
             "phase3", {"task": task, "kept": best, **{f"accuracy/{k}": v for k, v in accuracy.items()}}

@@ -117,7 +117,9 @@ class DMoERMConfig(PreTrainedConfig):
         if self.pooling not in ("last", "mean"):
             raise ConfigError(f"pooling={self.pooling!r} is unknown; choose 'last' or 'mean'")
         if len(self.aggregators) != len(self.tasks):
-            raise ConfigError(f"{len(self.aggregators)} aggregators for {len(self.tasks)} tasks; name one a task")
+            raise ConfigError(
+                f"{len(self.aggregators)} aggregators for {len(self.tasks)} tasks; name one a task"
+            )
         return self
 
 

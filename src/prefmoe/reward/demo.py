@@ -52,8 +52,8 @@ class DemoSize(NamedTuple):
     best_of_n: int
 
 
-FULL = DemoSize(900, 400, 100, 300, 20, 32)
-SHORT = DemoSize(250, 120, 40, 100, 8, 16)
+FULL = DemoSize(400, 400, 100, 300, 20, 32)
+SHORT = DemoSize(150, 120, 40, 100, 8, 16)
 
 
 class DemoResult(NamedTuple):
