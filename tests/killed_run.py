@@ -26,13 +26,12 @@ from tiny_run import tiny_bench, tiny_settings
 
 def settings_of_all_phases(out: Path) -> RewardSettings:
     """Every phase takes part, and each training has checkpoints before its end."""
-    training = {"head_start": False, "evaluations": 3}
+    training = {"epochs": 1.0, "evaluations": 3}
     return tiny_settings(
         out,
         backbone={"batch_tokens": 1024},
         phase1={"shared_start": 0.5, **training},
         phase2=training,
-        phase3={"kinds": ["linear_scores", "mlp"]},
     )
 
 

@@ -13,7 +13,7 @@ from tiny_run import planted_splits, tiny_bench, tiny_settings
 
 def launched_settings(out: Path) -> RewardSettings:
     """A last step that is not full, more than one pass over the pairs, accumulation."""
-    training = {"head_start": False, "learning_rate": 1e-3, "epochs": 1.5, "accumulation": 2}
+    training = {"learning_rate": 1e-3, "head_learning_rate": 1e-3, "epochs": 1.5, "accumulation": 2}
     return tiny_settings(out, methods=["single", "dmoerm"], phase1=training, phase2=training)
 
 

@@ -134,7 +134,9 @@ def test_the_loss_falls_and_the_rule_is_learned_by_gradient_alone(bench: Workben
 
 def test_random_labels_cannot_be_predicted(tmp_path: Path) -> None:
     splits = {name: with_random_labels(pairs) for name, pairs in planted_splits(num_test=80).items()}
-    bench = tiny_bench(tiny_settings(tmp_path / "run", methods=["per_task"]), splits)
+    bench = tiny_bench(
+        tiny_settings(tmp_path / "run", methods=["per_task"], phase1={"head_start": True}), splits
+    )
     chosen, rejected = score_pairs(train_models(bench)["per_task"], bench.trunk, bench.test)
     assert (chosen.rewards != rejected.rewards).all()
     hits = (chosen.rewards > rejected.rewards).float().mean().item()

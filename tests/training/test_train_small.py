@@ -16,7 +16,7 @@ from prefmoe.reward.train import Models, train_models
 from prefmoe.reward.workbench import Workbench
 from tiny_run import planted_pairs, planted_splits, tiny_bench, tiny_settings
 
-QUICK = {"head_start": False, "evaluations": 1}
+QUICK = {"epochs": 1.0, "evaluations": 1}
 
 
 def trained(

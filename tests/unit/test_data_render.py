@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_helpers import CHATML, STRICT, assistant, byte_tokenizer, make_pair, user
+from data_helpers import CHATML, STRICT, assistant, byte_tokenizer, user
 from prefmoe.data.render import Renderer
 from prefmoe.errors import ConfigError, DataError
 from prefmoe.records import Message

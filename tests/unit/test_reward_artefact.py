@@ -150,7 +150,10 @@ def test_the_backbone_can_be_loaded_in_another_dtype(model, tmp_path, dtype, inc
     again = load(tmp_path / "m", dtype=dtype)
     assert again.backbone.dtype == (getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     assert again.experts.head_weight.dtype == torch.float32
-    torch.testing.assert_close(rewards(again), rewards(model), rtol=0.05, atol=0.05, check_dtype=False)
+    given = {"task_ids": torch.tensor([0, 1, 2]), "routing": "given"}  # the router would magnify the rounding
+    with torch.no_grad():
+        theirs, ours = again(TOKEN_IDS, **given).logits, model(TOKEN_IDS, **given).logits
+    torch.testing.assert_close(theirs, ours, rtol=0.05, atol=0.05, check_dtype=False)
 
 
 @pytest.mark.parametrize("include_backbone", [False, True])

@@ -1,12 +1,25 @@
 """Finding, cutting and refusing backbones."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, LlamaForCausalLM
 
+from data_helpers import byte_tokenizer
 from prefmoe.errors import ConfigError
-from prefmoe.reward.backbone import check_family, cut_layers, load_backbone, new_backbone, weights_hash
+from prefmoe.reward import backbone as module
+from prefmoe.reward.backbone import (
+    SMOLLM2,
+    check_family,
+    cut_layers,
+    load_backbone,
+    new_backbone,
+    resolve_backbone,
+    weights_hash,
+)
 from tiny import tiny_backbone, tiny_reward_model
 
 
@@ -132,3 +145,65 @@ def test_a_new_backbone_does_not_share_the_config_it_was_made_from():
     backbone = new_backbone(config)
     backbone.config.num_hidden_layers = 99
     assert config.num_hidden_layers == 4
+
+
+# --- smollm2-135m, from wherever it is ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine without the model anywhere; `install()` puts the PyPI package with its GGUF file there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *_: None)
+    found = SimpleNamespace(spec=None, conversions=0)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: found.spec)
+
+    def install(file="model.gguf"):
+        (tmp_path / "package").mkdir()
+        (tmp_path / "package" / file).touch()
+        found.spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "package")])
+
+    def convert(**options):
+        found.conversions += 1
+        assert options["gguf_file"] == "model.gguf"
+        return tiny_backbone()
+
+    monkeypatch.setattr(module.AutoModel, "from_pretrained", convert)
+    monkeypatch.setattr(module.AutoTokenizer, "from_pretrained", lambda **_: byte_tokenizer())
+    found.install = install
+    return found
+
+
+def test_any_other_name_is_taken_as_it_is(machine):
+    assert resolve_backbone("some/model") == "some/model"
+
+
+def test_a_folder_of_that_name_goes_first(machine):
+    Path(SMOLLM2).mkdir()
+    assert resolve_backbone(SMOLLM2) == SMOLLM2
+
+
+def test_the_hub_is_asked_if_nothing_is_here_or_the_model_is_in_its_cache(machine, monkeypatch):
+    assert resolve_backbone(SMOLLM2) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    machine.install()
+    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *_: "/cache/model.safetensors")
+    assert resolve_backbone(SMOLLM2) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_package_without_a_gguf_file_does_not_help(machine):
+    machine.install("readme.txt")
+    assert resolve_backbone(SMOLLM2) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_the_gguf_file_is_converted_once_and_again_only_if_that_was_interrupted(machine, tmp_path):
+    machine.install()
+    folder = resolve_backbone(SMOLLM2)
+    assert resolve_backbone(SMOLLM2) == folder == str(tmp_path / "cache" / "prefmoe" / "model")
+    assert machine.conversions == 1
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in Path(folder).iterdir()
+    }
+    (Path(folder) / "done").unlink()
+    resolve_backbone(SMOLLM2)
+    assert machine.conversions == 2

@@ -29,9 +29,10 @@ class Batch(NamedTuple):
 class Trunk:
     """Layers [0, split_layer) of a backbone over the texts of a table.
 
-    With a folder, states are kept in one append-only file in the backbone's own dtype (so cached and fresh states are
-    bitwise equal) beside an index of text hashes; an interrupted write costs at most its last batch. Without one,
-    or where the file would pass `max_gib`, states are computed when asked for.
+    With a folder, states are kept in one append-only file in the backbone's own dtype (so keeping them rounds nothing:
+    they are bitwise those of the same batch computed afresh) beside an index of text hashes; an interrupted write
+    costs at most its last batch. Without one, or where the file would pass `max_gib`, states are computed when asked
+    for.
 
     Args:
         backbone: Frozen backbone.
