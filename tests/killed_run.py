@@ -20,7 +20,7 @@ from prefmoe.reward import phases, train
 from prefmoe.reward.evaluate import evaluate_models
 from prefmoe.reward.settings import RewardSettings
 from prefmoe.reward.train import train_models
-from prefmoe.reward.training import ExpertTrainer
+from prefmoe.reward.trainer import ExpertTrainer
 from tiny_run import tiny_bench, tiny_settings
 
 

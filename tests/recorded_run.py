@@ -14,10 +14,10 @@ from prefmoe.nn import TaskRouter
 from prefmoe.reward import assemble, phases
 from prefmoe.reward.aggregators import ExpertFeatures
 from prefmoe.reward.evaluate import evaluate_models
+from prefmoe.reward.jobs import ExpertJob
 from prefmoe.reward.settings import RewardSettings
 from prefmoe.reward.texts import PairRow
 from prefmoe.reward.train import Models, train_models
-from prefmoe.reward.training import ExpertJob
 from prefmoe.reward.trunk import Trunk
 from prefmoe.reward.workbench import Workbench
 from tiny_run import tiny_bench

@@ -11,8 +11,9 @@ from data_helpers import CHATML, assistant, byte_tokenizer, user
 from prefmoe.records import PreferencePair
 from prefmoe.reward.assemble import rows_by_task
 from prefmoe.reward.experts import Experts
+from prefmoe.reward.jobs import ExpertJob, TrainedExpert, TrainingSettings
 from prefmoe.reward.settings import RewardSettings, check_settings
-from prefmoe.reward.training import ExpertJob, TrainedExpert, TrainingSettings, train_experts
+from prefmoe.reward.training import train_experts
 from prefmoe.reward.workbench import Workbench, build_workbench
 from tiny import tiny_backbone
 

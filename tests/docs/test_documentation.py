@@ -80,11 +80,10 @@ def test_every_shipped_config_loads():
         assert loaded.model_dump()
 
 
-def test_files_named_in_a_config_exist():
-    """Except the data of shared/, which a clone alone does not have."""
-    for config in CONFIGS:
-        named = re.findall(r"configs/[\w./-]+\.yaml", config.read_text(encoding="utf-8"))
-        assert [name for name in named if not (ROOT / name).exists()] == []
+@pytest.mark.parametrize("file", [*PAGES, *CONFIGS, ROOT / "Makefile"], ids=lambda file: file.name)
+def test_configs_and_programs_named_anywhere_exist(file):
+    named = re.findall(r"\b(?:configs|benchmarks)/[\w./-]+\.(?:yaml|py)", file.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_generated_parts_are_fresh():

@@ -13,12 +13,14 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from prefmoe.errors import ConfigError
 from prefmoe.reward.assemble import rows_by_task
+from prefmoe.reward.batches import training_order
 from prefmoe.reward.checkpoints import ExpertCheckpoint
 from prefmoe.reward.evaluate import score_pairs
 from prefmoe.reward.experts import Experts, ExpertState
+from prefmoe.reward.jobs import ExpertJob, TrainingSettings
 from prefmoe.reward.texts import PairRow
 from prefmoe.reward.train import train_models
-from prefmoe.reward.training import ExpertJob, TrainingSettings, training_order, validate
+from prefmoe.reward.trainer import validate
 from prefmoe.reward.workbench import Workbench
 from tiny_run import (
     flipped,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from prefmoe.data.render import Encoded
+from prefmoe.errors import CheckpointError
 from prefmoe.reward.texts import TextTable
 from prefmoe.reward.trunk import Trunk
 from tiny import tiny_backbone
@@ -173,3 +174,16 @@ def test_small_batches_give_the_same_states(tmp_path):
     trunk = trunk_of(tmp_path, batch_tokens=1)
     trunk.prepare(range(4))
     torch.testing.assert_close(real_states(trunk.batch(range(4))), real_states(trunk_of().batch(range(4))))
+
+
+def test_a_full_disk_is_a_sentence_and_the_next_run_goes_on(tmp_path, monkeypatch):
+    def full(path, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    trunk = trunk_of(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.open", full)
+        with pytest.raises(CheckpointError, match="cannot be kept.*No space left.*trunk_cache to false"):
+            trunk.prepare(range(4))
+    trunk.prepare(range(4))
+    assert same(trunk.batch(range(4)), trunk_of().batch(range(4)))

@@ -11,16 +11,15 @@ from data_helpers import CHATML, assistant, byte_tokenizer, make_pair, user, wri
 from prefmoe.errors import ConfigError, DataError
 from prefmoe.records import PreferencePair
 from prefmoe.reward.settings import DataSettings
-from prefmoe.reward.workbench import (
+from prefmoe.reward.splits import (
     RewardTrainingWarning,
-    Workbench,
-    build_workbench,
     draw_per_task,
     find_capabilities,
     label_capabilities,
     read_splits,
     with_task,
 )
+from prefmoe.reward.workbench import Workbench, build_workbench
 from tiny import tiny_backbone
 from tiny_run import planted_pairs, planted_splits, tiny_bench, tiny_settings
 
@@ -211,3 +210,11 @@ def test_only_the_first_layers_are_kept(tmp_path: Path) -> None:
     saved_backbone(tmp_path / "body")
     with pytest.raises(ConfigError, match="split_layer=1 leaves no layer.*has 1 layers"):
         bench_from(tmp_path, num_layers=1)
+
+
+def test_a_capability_may_not_have_the_name_of_the_general_expert(tmp_path: Path) -> None:
+    splits = planted_splits()
+    splits["train"][0] = replace(splits["train"][0], capabilities={"general": 1})
+    settings = tiny_settings(tmp_path, phase1={"shared_start": 0.5}, phase3={"general_expert": True})
+    with pytest.raises(ConfigError, match="a capability is called 'general'.*rename it or drop"):
+        tiny_bench(settings, splits)

@@ -18,10 +18,10 @@ from prefmoe.reward.backbone import weights_hash
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.experts import Experts, ExpertState
 from prefmoe.reward.features import pooled_states
+from prefmoe.reward.jobs import TrainedExpert
 from prefmoe.reward.model import DMoERMForSequenceClassification
 from prefmoe.reward.phases import Fold, expert_name
 from prefmoe.reward.texts import PairRow
-from prefmoe.reward.training import TrainedExpert
 from prefmoe.reward.workbench import Workbench
 
 TaskRows = Mapping[str, Sequence[PairRow]]

@@ -16,10 +16,11 @@ from prefmoe.reward.model import DMoERMForSequenceClassification
 from prefmoe.reward.progress import Progress, silent
 from prefmoe.reward.score import RewardModel, Scores, score_texts
 from prefmoe.reward.settings import Method
+from prefmoe.reward.splits import ONE_TASK, with_task
 from prefmoe.reward.texts import EncodedPairs, TextTable, encode_pairs
 from prefmoe.reward.train import Models
 from prefmoe.reward.trunk import Trunk
-from prefmoe.reward.workbench import ONE_TASK, Workbench, with_task
+from prefmoe.reward.workbench import Workbench
 
 _EXAMPLES_PER_TASK = 2
 

@@ -91,7 +91,7 @@ class Run:
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
-        """Adds the seconds of a block to seconds.json; a resumed step counts what it took in all its sittings."""
+        """Adds the seconds of a block to seconds.json; a sitting that was killed inside it is not counted."""
         start = time.perf_counter()
         try:
             yield

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from prefmoe.errors import ConfigError, join_problems
 from prefmoe.nn import AggregatorKind
-from prefmoe.reward.training import TrainingSettings
+from prefmoe.reward.jobs import TrainingSettings
 from prefmoe.suggest import nearest
 
 Method = Literal["single", "single_wide", "per_task", "dmoerm"]

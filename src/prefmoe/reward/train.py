@@ -12,6 +12,7 @@ from prefmoe.reward.assemble import (
     rows_by_task,
 )
 from prefmoe.reward.experts import ExpertState
+from prefmoe.reward.jobs import TrainedExpert
 from prefmoe.reward.model import DMoERMForSequenceClassification
 from prefmoe.reward.phases import (
     ALL,
@@ -25,8 +26,8 @@ from prefmoe.reward.phases import (
 )
 from prefmoe.reward.router import fit_router
 from prefmoe.reward.settings import Method
-from prefmoe.reward.training import TrainedExpert
-from prefmoe.reward.workbench import GENERAL, ONE_TASK, Workbench
+from prefmoe.reward.splits import ONE_TASK
+from prefmoe.reward.workbench import GENERAL, Workbench
 
 Models = dict[Method, DMoERMForSequenceClassification]
 

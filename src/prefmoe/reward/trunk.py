@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prefmoe.errors import CheckpointError
 from prefmoe.reward.backbone import embed, run_layers, weights_hash
 from prefmoe.reward.progress import Progress, silent
 from prefmoe.reward.texts import TextTable, token_budget_batches
@@ -99,6 +100,19 @@ class Trunk:
         kept = sum(n for _, n in self._where.values())
         if (kept + num_tokens) * self._token_bytes > self.max_bytes:
             return
+        try:
+            self._write(missing, kept, progress)
+        except OSError as problem:
+            raise CheckpointError(
+                f"{self.folder}: the trunk's states cannot be kept: {problem}; what is there stays usable, free some "
+                "disk or set backbone.trunk_cache to false"
+            ) from problem
+        self.reload()
+
+    def _write(self, missing: Sequence[int], kept: int, progress: Progress) -> None:
+        """Appends the states of texts behind the `kept` tokens that are there."""
+        assert self.folder is not None
+        num_tokens = sum(self.table.length(text) for text in missing)
         with (
             progress("shared trunk", num_tokens) as advance,
             (self.folder / _DATA).open("ab") as data,
@@ -119,7 +133,6 @@ class Trunk:
                     kept += length
                 index.flush()
                 advance(sum(lengths))
-        self.reload()
 
     def batch(self, texts: Sequence[int]) -> Batch:
         """States of some texts, on the backbone's device."""

@@ -1,34 +1,31 @@
 """What all phases of a training work on: labelled pairs, their texts, the frozen backbone, the run folder."""
 
-import random
-import warnings
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefmoe.data.read import read_pairs
 from prefmoe.data.render import Renderer
-from prefmoe.data.split import prompt_hash, split_by_prompt
-from prefmoe.errors import ConfigError, DataError, PrefmoeWarning
-from prefmoe.labeling import RuleLabeler, apply_labels, load_tasks
+from prefmoe.data.split import prompt_hash
+from prefmoe.errors import ConfigError
 from prefmoe.records import PreferencePair
 from prefmoe.reward.backbone import load_backbone, resolve_backbone
 from prefmoe.reward.progress import Progress, silent
 from prefmoe.reward.run import Run, process_state
-from prefmoe.reward.settings import BackboneSettings, DataSettings, RewardSettings
+from prefmoe.reward.settings import BackboneSettings, RewardSettings
+from prefmoe.reward.splits import (
+    draw_per_task,
+    find_capabilities,
+    label_capabilities,
+    read_splits,
+    warn_of_small_tasks,
+    with_task,
+)
 from prefmoe.reward.texts import EncodedPairs, TextTable, encode_pairs
 from prefmoe.reward.trunk import Trunk
 
-ONE_TASK = "all"
-_FEW_PAIRS = 5
 GENERAL = "general"  # the shared adapter, as an expert of every task
-
-
-class RewardTrainingWarning(PrefmoeWarning):
-    """Data that can be used, but not as a user may think."""
 
 
 @dataclass
@@ -86,15 +83,7 @@ def build_workbench(
     Raises:
         ConfigError, DataError: something of it cannot be used.
     """
-    data, seed = settings.data, settings.seed
-    splits = pairs if pairs is not None else read_splits(data, seed)
-    splits = {name: with_task(rows, name) for name, rows in splits.items()}
-    with_prompts = splits["train"]
-    splits["train"] = draw_per_task(splits["train"], data.max_pairs_per_task, seed)
-    splits["validation"] = draw_per_task(splits["validation"], data.max_validation_pairs_per_task, seed)
-    splits = {name: label_capabilities(rows, data) for name, rows in splits.items()}
-    capabilities = find_capabilities(splits["train"], settings.data)
-    warn_of_small_tasks(splits)
+    splits, undrawn, capabilities = _labelled_splits(settings, pairs)
     body = settings.backbone
     if backbone is None:
         backbone = _load_backbone(body)
@@ -107,7 +96,7 @@ def build_workbench(
     encoded = {
         name: encode_pairs(rows, renderer, table, allow_equal=name == "test") for name, rows in splits.items()
     }
-    prompts = encode_prompts(with_prompts, settings, renderer, table)
+    prompts = encode_prompts(undrawn, settings, renderer, table)
     trunk = _prepared_trunk(backbone, table, run, progress)
     for name, rows in encoded.items():
         run.log("data", {"split": name, "pairs": len(rows.rows), "truncated": rows.num_truncated})
@@ -125,6 +114,26 @@ def build_workbench(
         test=encoded["test"],
         progress=progress,
     )
+
+
+def _labelled_splits(
+    settings: RewardSettings, pairs: dict[str, list[PreferencePair]] | None
+) -> tuple[dict[str, list[PreferencePair]], list[PreferencePair], dict[str, list[str]]]:
+    """Splits as they are trained on, the training pairs before any were left out, capabilities of every task."""
+    data, seed = settings.data, settings.seed
+    splits = pairs if pairs is not None else read_splits(data, seed)
+    splits = {name: with_task(rows, name) for name, rows in splits.items()}
+    undrawn = splits["train"]
+    splits["train"] = draw_per_task(undrawn, data.max_pairs_per_task, seed)
+    splits["validation"] = draw_per_task(splits["validation"], data.max_validation_pairs_per_task, seed)
+    splits = {name: label_capabilities(rows, data) for name, rows in splits.items()}
+    capabilities = find_capabilities(splits["train"], data)
+    warn_of_small_tasks(splits)
+    if settings.phase3.general_expert and any(GENERAL in names for names in capabilities.values()):
+        raise ConfigError(
+            f"a capability is called {GENERAL!r}, as the general expert is; rename it or drop phase3.general_expert"
+        )
+    return splits, undrawn, capabilities
 
 
 def _load_backbone(body: BackboneSettings) -> PreTrainedModel:
@@ -187,121 +196,6 @@ def check_split_layer(split_layer: int, num_layers: int) -> None:
         raise ConfigError(
             f"experts.split_layer={split_layer} leaves no layer for experts; the backbone has {num_layers} layers, "
             f"choose 0 to {num_layers - 1}"
-        )
-
-
-def read_splits(data: DataSettings, seed: int = 0) -> dict[str, list[PreferencePair]]:
-    """Train, validation and test pairs as the settings say.
-
-    Raises:
-        DataError: a prompt stands in two splits, or there is nothing to train on.
-    """
-    train = read_pairs(data.train, split="train")
-    if not train:
-        raise DataError("holds no pairs; expected at least one", data.train)
-    validation = None if data.validation is None else read_pairs(data.validation, split="validation")
-    if validation is None:
-        fractions = {"train": 1 - data.validation_fraction, "validation": data.validation_fraction}
-        parts = split_by_prompt(train, fractions, seed=seed)
-        train, validation = parts["train"], parts["validation"]
-    test = [] if data.test is None else read_pairs(data.test, split="test")
-    splits = {"train": train, "validation": validation, "test": test}
-    _check_disjoint(splits)
-    return splits
-
-
-def draw_per_task(pairs: list[PreferencePair], limit: int | None, seed: int) -> list[PreferencePair]:
-    """At most `limit` pairs of every task, drawn by seed, in their old order."""
-    if limit is None:
-        return pairs
-    order = list(range(len(pairs)))
-    random.Random(seed).shuffle(order)
-    taken: Counter[str | None] = Counter()
-    kept = set()
-    for index in order:
-        task = pairs[index].task
-        if taken[task] < limit:
-            taken[task] += 1
-            kept.add(index)
-    return [pair for index, pair in enumerate(pairs) if index in kept]
-
-
-def _check_disjoint(splits: dict[str, list[PreferencePair]]) -> None:
-    seen: dict[int, str] = {}
-    for name, pairs in splits.items():
-        for pair in pairs:
-            other = seen.setdefault(prompt_hash(pair.prompt), name)
-            if other != name:
-                raise DataError(
-                    f"pair {pair.id!r}: its prompt stands in {other} and in {name}; `prefmoe data check` lists all"
-                )
-
-
-def with_task(pairs: list[PreferencePair], split: str) -> list[PreferencePair]:
-    """Pairs that all have a task: their own, or where none has one, the only task there is.
-
-    Raises:
-        DataError: some pairs have a task and some have none.
-    """
-    named = [pair for pair in pairs if pair.task is not None]
-    if not named:
-        return [replace(pair, task=ONE_TASK) for pair in pairs]
-    if len(named) < len(pairs):
-        first = next(pair for pair in pairs if pair.task is None)
-        missing = len(pairs) - len(named)
-        raise DataError(
-            f"{split}: {missing} of {len(pairs)} pairs have no 'task', the first is {first.id!r}; "
-            "name the task of all or of none"
-        )
-    return pairs
-
-
-def label_capabilities(pairs: list[PreferencePair], data: DataSettings) -> list[PreferencePair]:
-    """Adds what the rules of the tasks file say to the labels that the rows carry."""
-    if data.labels == "columns":
-        return pairs
-    if data.tasks_file is None:
-        raise ConfigError(
-            "data.labels is 'rules', but data.tasks_file is not given; name a tasks file with rules"
-        )
-    return apply_labels(pairs, [RuleLabeler.from_tasks(load_tasks(data.tasks_file))])
-
-
-def find_capabilities(pairs: list[PreferencePair], data: DataSettings) -> dict[str, list[str]]:
-    """Capabilities of every task that has pairs; those without any label of 1 or -1 are left out, with a warning."""
-    labels: dict[str, Counter[str]] = {}
-    for pair in pairs:
-        found = labels.setdefault(str(pair.task), Counter())
-        found.update({name: abs(side) for name, side in pair.capabilities.items()})
-    if data.tasks_file is not None:
-        for task, spec in load_tasks(data.tasks_file).tasks.items():
-            if task in labels:
-                labels[task].update(dict.fromkeys(spec.capabilities, 0))
-    empty = [
-        f"{task}/{name}" for task, found in labels.items() for name, count in found.items() if count == 0
-    ]
-    if empty:
-        warnings.warn(
-            f"no pair says which side is better on {', '.join(empty)}; left out, label them to get an expert each",
-            RewardTrainingWarning,
-            stacklevel=2,
-        )
-    return {task: sorted(name for name, count in labels[task].items() if count) for task in sorted(labels)}
-
-
-def warn_of_small_tasks(splits: dict[str, list[PreferencePair]]) -> None:
-    """A warning that names the tasks with hardly any training pairs, and those without validation pairs."""
-    validation = Counter(str(pair.task) for pair in splits["validation"])
-    small = [
-        f"{task!r} ({number} training, {validation[task]} validation)"
-        for task, number in sorted(Counter(str(pair.task) for pair in splits["train"]).items())
-        if number < _FEW_PAIRS or not validation[task]
-    ]
-    if small:
-        warnings.warn(
-            f"few pairs of {', '.join(small)}; add pairs, or expect little of the experts of these tasks",
-            RewardTrainingWarning,
-            stacklevel=2,
         )
 
 

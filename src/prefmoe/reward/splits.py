@@ -1,0 +1,135 @@
+"""Pairs of a training: read, split, drawn, with their tasks and capability labels."""
+
+import random
+import warnings
+from collections import Counter
+from dataclasses import replace
+
+from prefmoe.data.read import read_pairs
+from prefmoe.data.split import prompt_hash, split_by_prompt
+from prefmoe.errors import ConfigError, DataError, PrefmoeWarning
+from prefmoe.labeling import RuleLabeler, apply_labels, load_tasks
+from prefmoe.records import PreferencePair
+from prefmoe.reward.settings import DataSettings
+
+ONE_TASK = "all"
+_FEW_PAIRS = 5
+
+
+class RewardTrainingWarning(PrefmoeWarning):
+    """Data that can be used, but not as a user may think."""
+
+
+def read_splits(data: DataSettings, seed: int = 0) -> dict[str, list[PreferencePair]]:
+    """Train, validation and test pairs as the settings say.
+
+    Raises:
+        DataError: a prompt stands in two splits, or there is nothing to train on.
+    """
+    train = read_pairs(data.train, split="train")
+    if not train:
+        raise DataError("holds no pairs; expected at least one", data.train)
+    validation = None if data.validation is None else read_pairs(data.validation, split="validation")
+    if validation is None:
+        fractions = {"train": 1 - data.validation_fraction, "validation": data.validation_fraction}
+        parts = split_by_prompt(train, fractions, seed=seed)
+        train, validation = parts["train"], parts["validation"]
+    test = [] if data.test is None else read_pairs(data.test, split="test")
+    splits = {"train": train, "validation": validation, "test": test}
+    _check_disjoint(splits)
+    return splits
+
+
+def draw_per_task(pairs: list[PreferencePair], limit: int | None, seed: int) -> list[PreferencePair]:
+    """At most `limit` pairs of every task, drawn by seed, in their old order."""
+    if limit is None:
+        return pairs
+    order = list(range(len(pairs)))
+    random.Random(seed).shuffle(order)
+    taken: Counter[str | None] = Counter()
+    kept = set()
+    for index in order:
+        task = pairs[index].task
+        if taken[task] < limit:
+            taken[task] += 1
+            kept.add(index)
+    return [pair for index, pair in enumerate(pairs) if index in kept]
+
+
+def _check_disjoint(splits: dict[str, list[PreferencePair]]) -> None:
+    seen: dict[int, str] = {}
+    for name, pairs in splits.items():
+        for pair in pairs:
+            other = seen.setdefault(prompt_hash(pair.prompt), name)
+            if other != name:
+                raise DataError(
+                    f"pair {pair.id!r}: its prompt stands in {other} and in {name}; `prefmoe data check` lists all"
+                )
+
+
+def with_task(pairs: list[PreferencePair], split: str) -> list[PreferencePair]:
+    """Pairs that all have a task: their own, or where none has one, the only task there is.
+
+    Raises:
+        DataError: some pairs have a task and some have none.
+    """
+    named = [pair for pair in pairs if pair.task is not None]
+    if not named:
+        return [replace(pair, task=ONE_TASK) for pair in pairs]
+    if len(named) < len(pairs):
+        first = next(pair for pair in pairs if pair.task is None)
+        missing = len(pairs) - len(named)
+        raise DataError(
+            f"{split}: {missing} of {len(pairs)} pairs have no 'task', the first is {first.id!r}; "
+            "name the task of all or of none"
+        )
+    return pairs
+
+
+def label_capabilities(pairs: list[PreferencePair], data: DataSettings) -> list[PreferencePair]:
+    """Adds what the rules of the tasks file say to the labels that the rows carry."""
+    if data.labels == "columns":
+        return pairs
+    if data.tasks_file is None:
+        raise ConfigError(
+            "data.labels is 'rules', but data.tasks_file is not given; name a tasks file with rules"
+        )
+    return apply_labels(pairs, [RuleLabeler.from_tasks(load_tasks(data.tasks_file))])
+
+
+def find_capabilities(pairs: list[PreferencePair], data: DataSettings) -> dict[str, list[str]]:
+    """Capabilities of every task that has pairs; those without any label of 1 or -1 are left out, with a warning."""
+    labels: dict[str, Counter[str]] = {}
+    for pair in pairs:
+        found = labels.setdefault(str(pair.task), Counter())
+        found.update({name: abs(side) for name, side in pair.capabilities.items()})
+    if data.tasks_file is not None:
+        for task, spec in load_tasks(data.tasks_file).tasks.items():
+            if task in labels:
+                labels[task].update(dict.fromkeys(spec.capabilities, 0))
+    empty = [
+        f"{task}/{name}" for task, found in labels.items() for name, count in found.items() if count == 0
+    ]
+    if empty:
+        warnings.warn(
+            f"no pair says which side is better on {', '.join(empty)}; left out, label them to get an expert each",
+            RewardTrainingWarning,
+            stacklevel=2,
+        )
+    return {task: sorted(name for name, count in labels[task].items() if count) for task in sorted(labels)}
+
+
+def warn_of_small_tasks(splits: dict[str, list[PreferencePair]]) -> None:
+    """A warning that names the tasks with hardly any training pairs, and those without validation pairs."""
+    validation = Counter(str(pair.task) for pair in splits["validation"])
+    small = [
+        f"{task!r} ({number} training, {validation[task]} validation)"
+        for task, number in sorted(Counter(str(pair.task) for pair in splits["train"]).items())
+        if number < _FEW_PAIRS or not validation[task]
+    ]
+    if small:
+        warnings.warn(
+            f"few pairs of {', '.join(small)}; add pairs, or expect little of the experts of these tasks",
+            RewardTrainingWarning,
+            stacklevel=2,
+        )
