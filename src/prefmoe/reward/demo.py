@@ -88,7 +88,7 @@ def demo_settings(out: Path, *, seed: int) -> RewardSettings:
     training = {"epochs": 4, "learning_rate": 2e-3, "head_learning_rate": 2e-3, "evaluations": 4}
     content = {
         "data": {"train": "the simulated world"},
-        "backbone": {"name": str(out / "backbone"), "dtype": "float32", "max_length": 256},
+        "backbone": {"name": str((out / "backbone").resolve()), "dtype": "float32", "max_length": 256},
         "experts": {"split_layer": 1, "rank": 8, "alpha": 16, "pooling": "mean"},
         "phase1": training,
         "phase2": training | {"epochs": 2, "evaluations": 2, "max_pairs_per_capability": 200},
