@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prefmoe.evaluation.metrics import Metrics
 from prefmoe.nn import TaskRouter
-from prefmoe.reward import assemble, phases
+from prefmoe.reward import aggregator_choice, phases
 from prefmoe.reward.aggregators import ExpertFeatures
 from prefmoe.reward.evaluate import evaluate_models
 from prefmoe.reward.jobs import ExpertJob
@@ -60,7 +60,7 @@ class FinishedRun:
 def finished_run(settings: RewardSettings) -> FinishedRun:
     """Trains and measures, and records on the way what was computed and from what."""
     record = Record()
-    train_experts, fit_aggregator, fit_router = phases.train_experts, assemble.fit_aggregator, TaskRouter.fit
+    train_experts, fit_aggregator, fit_router = phases.train_experts, aggregator_choice.fit_aggregator, TaskRouter.fit
     compute = Trunk._compute
 
     def recorded_experts(backbone: object, experts: object, trunk: object, jobs: list, *args, **kwargs):  # type: ignore[type-arg, no-untyped-def]
@@ -81,7 +81,7 @@ def finished_run(settings: RewardSettings) -> FinishedRun:
 
     with (
         mock.patch.object(phases, "train_experts", recorded_experts),
-        mock.patch.object(assemble, "fit_aggregator", recorded_aggregator),
+        mock.patch.object(aggregator_choice, "fit_aggregator", recorded_aggregator),
         mock.patch.object(TaskRouter, "fit", recorded_router),
         mock.patch.object(Trunk, "_compute", recorded_compute),
     ):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from prefmoe.reward import convex
+from prefmoe.reward.aggregator_choice import Candidates, best_aggregators, fit_candidates
 from prefmoe.reward.aggregators import (
     ExpertFeatures,
-    best_aggregator,
     fit_aggregator,
     join_features,
     standardized,
@@ -185,13 +185,72 @@ def test_flipped_labels_turn_the_aggregator() -> None:
     assert features.accuracy(fit("linear_scores", flipped)) < 0.1
 
 
-def test_the_task_head_is_kept_unless_another_beats_it_by_more_than_a_standard_error() -> None:
-    head = torch.tensor([1.0, 0.0] * 50)
-    lucky, better = head.clone(), head.clone()
-    lucky[[1, 3, 5]], lucky[[0, 2]] = 1.0, 0.0  # 3 won, 2 lost of 100: luck
-    better[torch.arange(1, 40, 2)] = 1.0  # 20 won, none lost
-    assert best_aggregator({"task_head": head, "mlp": lucky}) == "task_head"
-    assert best_aggregator({"task_head": head, "mlp": lucky, "linear_scores": better}) == "linear_scores"
-    assert best_aggregator({"task_head": head, "mlp": head}) == "task_head"
-    assert best_aggregator({"task_head": head[:0], "mlp": head[:0]}) == "task_head"
-    assert best_aggregator({"task_head": head[1:2], "mlp": head[:1]}) == "task_head"
+HEAD = torch.tensor([1.0, 0.0] * 50)
+
+
+def changed(*, won: int, lost: int) -> torch.Tensor:
+    """Hits of a kind that is right on `won` pairs more than the head, and wrong on `lost`."""
+    hits = HEAD.clone()
+    hits[1 : 2 * won : 2], hits[0 : 2 * lost : 2] = 1.0, 0.0
+    return hits
+
+
+@pytest.mark.parametrize(
+    ("hits", "kept"),
+    [
+        ({"task_head": HEAD, "mlp": changed(won=3, lost=2)}, "task_head"),
+        ({"task_head": HEAD, "mlp": changed(won=3, lost=2), "linear_scores": changed(won=20, lost=0)}, "linear_scores"),
+        ({"task_head": HEAD, "mlp": HEAD}, "task_head"),
+        ({"task_head": HEAD[1:2], "mlp": HEAD[:1]}, "task_head"),
+    ],
+    ids=["luck", "better", "equal", "one pair"],
+)  # fmt: skip
+def test_the_task_head_is_kept_unless_another_beats_it_by_more_than_a_standard_error(hits, kept) -> None:
+    assert best_aggregators({"task": hits}) == {"task": kept}
+
+
+def test_gains_too_small_to_be_seen_in_one_task_are_seen_in_all_together() -> None:
+    small = {"task_head": HEAD, "linear_scores": changed(won=6, lost=4)}
+    assert best_aggregators({"a": small}) == {"a": "task_head"}
+    tasks = [f"task{i}" for i in range(6)]
+    assert best_aggregators(dict.fromkeys(tasks, small)) == dict.fromkeys(tasks, "linear_scores")
+
+
+def test_a_task_that_clearly_knows_better_departs_from_the_others() -> None:
+    small = {"task_head": HEAD, "linear_scores": changed(won=12, lost=0)}
+    harmed = {"task_head": HEAD, "linear_scores": changed(won=0, lost=9)}
+    kinds = best_aggregators({"a": small, "b": small, "c": small, "harmed": harmed})
+    assert kinds == {"a": "linear_scores", "b": "linear_scores", "c": "linear_scores", "harmed": "task_head"}
+
+
+def test_without_evidence_nothing_is_chosen() -> None:
+    assert best_aggregators({}) == {}
+
+
+def candidates_of(features: ExpertFeatures, **changes: object) -> Candidates:
+    head = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    settings = SETTINGS.model_copy(update={"kinds": ["task_head", "linear_scores"], **changes})
+    validation = expert_features(20, num_experts=features.scores.shape[-1], seed=8)
+    return fit_candidates(features, validation, head, settings=settings, seed=0)
+
+
+def test_a_pair_is_judged_by_an_aggregator_that_has_not_seen_its_prompt() -> None:
+    """Labels that are pure chance: fitted and judged on the same pairs, eight experts would look better than 0.5."""
+    features = expert_features(60, good=0, num_experts=8)
+    noise = torch.randn(features.scores.shape, generator=torch.Generator().manual_seed(3))
+    features = replace(features, scores=noise, states=torch.zeros_like(features.states))
+    found = candidates_of(features)
+    same_pairs = features.accuracy(found.modules["linear_scores"])
+    assert found.hits["linear_scores"].mean() < same_pairs
+    assert found.hits["linear_scores"].shape == (60,)
+
+
+def test_the_expert_that_knows_is_found_on_pairs_kept_back() -> None:
+    found = candidates_of(expert_features(60, good=2))
+    assert best_aggregators({"task": found.hits}) == {"task": "linear_scores"}
+
+
+def test_too_few_prompts_leave_the_task_head() -> None:
+    found = candidates_of(expert_features(2))
+    assert list(found.modules) == ["task_head"]
+    assert found.hits == {}

@@ -1,7 +1,7 @@
 """Phase 3: from the experts' states to one reward, fitted on pairs that the experts never saw."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,6 +55,11 @@ class ExpertFeatures:
             margins = self.margins(aggregator)
         return (margins > 0).float() + (margins == 0).float() / 2
 
+    def part(self, mask: Tensor) -> "ExpertFeatures":
+        """Those pairs for which `mask` (pairs,) is true."""
+        rows = [row for row, wanted in zip(self.rows, mask.tolist(), strict=True) if wanted]
+        return ExpertFeatures(self.states[mask], self.scores[mask], rows, self.units)
+
     def accuracy(self, aggregator: nn.Module) -> float:
         """Mean of `hits`; 0.5 without pairs."""
         return self.hits(aggregator).mean().item() if len(self.rows) else 0.5
@@ -96,25 +101,6 @@ def join_features(parts: Sequence[ExpertFeatures]) -> ExpertFeatures:
         [row for part in parts for row in part.rows],
         parts[0].units,
     )
-
-
-def best_aggregator(hits: Mapping[AggregatorKind, Tensor]) -> AggregatorKind:
-    """The most accurate kind that beats the first one by more than a standard error, else the first.
-
-    Validation pairs are few: the best of four would often be the luckiest. The error is that of the paired
-    difference, as both judged the same pairs (the one-standard-error rule, Breiman et al. 1984, section 3.4.3).
-
-    Args:
-        hits: `ExpertFeatures.hits` of every candidate, the simplest first; each of shape (pairs,).
-    """
-    first, *others = hits
-    gains = {}
-    for kind in others:
-        difference = hits[kind] - hits[first]
-        error = difference.std() / len(difference) ** 0.5 if len(difference) > 1 else torch.tensor(torch.inf)
-        if difference.mean() > error:
-            gains[kind] = difference.mean().item()
-    return max(gains, key=lambda kind: gains[kind], default=first)
 
 
 def fit_aggregator(

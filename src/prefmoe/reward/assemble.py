@@ -7,13 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from prefmoe.nn import AggregatorKind, TaskRouter
-from prefmoe.reward.aggregators import (
-    ExpertFeatures,
-    best_aggregator,
-    fit_aggregator,
-    join_features,
-    standardized,
-)
+from prefmoe.reward.aggregator_choice import Candidates, best_aggregators, fit_candidates
+from prefmoe.reward.aggregators import ExpertFeatures, join_features, standardized
 from prefmoe.reward.backbone import weights_hash
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.experts import Experts, ExpertState
@@ -29,11 +24,10 @@ TaskRows = Mapping[str, Sequence[PairRow]]
 
 @dataclass(frozen=True)
 class TaskAggregator:
-    """The aggregator kept for a task, and what every candidate reached on validation."""
+    """The aggregator kept for a task."""
 
     kind: AggregatorKind
     module: nn.Module
-    validation: dict[AggregatorKind, float]
 
 
 def rows_by_task(bench: Workbench, split: str, fold: Fold | None = None) -> dict[str, list[PairRow]]:
@@ -95,19 +89,8 @@ def expert_features(
 
 def build_experts(bench: Workbench, states: Sequence[ExpertState], *, rank: int | None = None) -> Experts:
     """Experts with these states, on the backbone's device; not attached."""
-    sizes = bench.settings.experts
-    rank = rank or sizes.rank
     on_deltas = any(key.endswith(".delta") for key in states[0])
-    experts = Experts(
-        bench.backbone,
-        num_experts=len(states),
-        num_dense=len(states) if on_deltas else 0,
-        split_layer=sizes.split_layer,
-        rank=rank,
-        alpha=sizes.alpha * rank / sizes.rank,
-        target_modules=sizes.target_modules,
-        pooling=sizes.pooling,
-    )
+    experts = bench.new_experts(len(states), rank=rank, num_dense=len(states) if on_deltas else 0)
     if on_deltas:
         experts.dense_ids.copy_(torch.arange(len(states)))
     for expert, state in enumerate(states):
@@ -123,7 +106,9 @@ def choose_aggregators(
     final: Mapping[str, ExpertState],
     validation: Mapping[str, ExpertFeatures],
 ) -> dict[str, TaskAggregator]:
-    """Phase 3: fits every kind of aggregator for every task on what the folds kept back; keeps the best on validation.
+    """Phase 3: fits every kind of aggregator for every task on what the folds kept back, and keeps the best.
+
+    What speaks for a kind are its cross-validated hits on the pairs kept back.
 
     Args:
         bench: What is worked on.
@@ -143,24 +128,27 @@ def choose_aggregators(
         found = expert_features(bench, states, bench.tasks, rows, label=f"held-out pairs, {fold.name}")
         for task, features in found.items():
             held_out[task].append(features)
-    settings, seed = bench.settings.phase3, bench.settings.seed
+    candidates: dict[str, Candidates] = {}
+    with bench.progress("aggregators", len(held_out)) as advance:
+        for task, parts in held_out.items():
+            units = validation[task].units
+            head = final[expert_name(task)]["head.weight"] * units.state_std[0] / units.score_std[0]
+            candidates[task] = fit_candidates(
+                join_features(parts),
+                validation[task],
+                head,
+                settings=bench.settings.phase3,
+                seed=bench.settings.seed,
+            )
+            advance(1)
+    kinds = best_aggregators({task: fitted.hits for task, fitted in candidates.items() if fitted.hits})
     chosen: dict[str, TaskAggregator] = {}
-    for task, parts in held_out.items():
-        units = validation[task].units
-        head = final[expert_name(task)]["head.weight"] * units.state_std[0] / units.score_std[0]
-        features = join_features(parts)
-        # Without pairs nothing can be fitted, and chance must not choose an aggregator as it was born.
-        kinds = settings.kinds if features.rows else settings.kinds[:1]
-        candidates = {
-            kind: fit_aggregator(kind, features, validation[task], head, settings=settings, seed=seed)
-            for kind in kinds
-        }
-        accuracy = {kind: validation[task].accuracy(module) for kind, module in candidates.items()}
-        best = best_aggregator({kind: validation[task].hits(module) for kind, module in candidates.items()})
-        chosen[task] = TaskAggregator(best, candidates[best], accuracy)
-        bench.run.log(
-            "phase3", {"task": task, "kept": best, **{f"accuracy/{k}": v for k, v in accuracy.items()}}
-        )
+    for task, fitted in candidates.items():
+        kind = kinds.get(task, "task_head")
+        chosen[task] = TaskAggregator(kind, fitted.modules[kind])
+        accuracy = {f"accuracy/{name}": value for name, value in fitted.validation.items()}
+        evidence = {f"evidence/{name}": hits.mean().item() for name, hits in fitted.hits.items()}
+        bench.run.log("phase3", {"task": task, "kept": kind, **accuracy, **evidence})
     return chosen
 
 

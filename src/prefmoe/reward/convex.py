@@ -27,13 +27,12 @@ def fit_by_cross_validation(
     # Rows of about unit length: one strength then means the same for 4 features and for 4,000.
     root = differences.shape[1] ** 0.5
     differences, prior = differences / root, None if prior is None else prior * root
-    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
-    fold = torch.tensor([prompts[row.prompt] % _NUM_FOLDS for row in rows])
+    folds = prompt_folds(rows)
     losses = []
-    for l2 in grid if len(prompts) >= _NUM_FOLDS else grid[:1]:
+    for l2 in grid if folds else grid[:1]:
         total = 0.0
-        for held in range(_NUM_FOLDS if len(prompts) >= _NUM_FOLDS else 0):
-            inside, outside = fold != held, fold == held
+        for outside in folds:
+            inside = ~outside
             fitted = fit_bradley_terry(
                 differences[inside], l2=l2, weight=weight[inside], label=label[inside], prior=prior
             )
@@ -48,6 +47,15 @@ def fit_by_cross_validation(
         losses.append(total)
     best = grid[losses.index(min(losses))]
     return fit_bradley_terry(differences, l2=best, weight=weight, label=label, prior=prior) / root
+
+
+def prompt_folds(rows: Sequence[PairRow]) -> list[Tensor]:
+    """Masks (pairs,) of three parts that share no prompt; none where there are fewer prompts than parts."""
+    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
+    if len(prompts) < _NUM_FOLDS:
+        return []
+    fold = torch.tensor([prompts[row.prompt] % _NUM_FOLDS for row in rows])
+    return [fold == held for held in range(_NUM_FOLDS)]
 
 
 def columns(rows: Sequence[PairRow]) -> tuple[Tensor, Tensor]:

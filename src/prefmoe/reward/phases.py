@@ -113,7 +113,7 @@ def train_stage(
 
     def compute() -> dict[str, TrainedExpert]:
         torch.manual_seed(bench.settings.seed)
-        experts = _new_experts(bench, jobs, rank=rank or bench.settings.experts.rank, full=full)
+        experts = _new_experts(bench, jobs, rank=rank, full=full)
         pairs = sum(len(job.train) for job in jobs)
         steps = -(-int(pairs * settings.epochs) // settings.batch_pairs)
         with bench.progress(f"{name}: {len(jobs)} experts", steps) as advance:
@@ -144,21 +144,12 @@ def train_stage(
     return trained
 
 
-def _new_experts(bench: Workbench, jobs: Sequence[ExpertJob], *, rank: int, full: bool) -> Experts:
+def _new_experts(bench: Workbench, jobs: Sequence[ExpertJob], *, rank: int | None, full: bool) -> Experts:
     """As many experts as jobs, on full-size deltas where they train them or start from them."""
-    sizes = bench.settings.experts
     parents = list(dict.fromkeys(id(job.start) for job in jobs if job.start and "head.weight" in job.start))
     on_deltas = any(key.endswith(".delta") for job in jobs for key in job.start or ())
-    experts = Experts(
-        bench.backbone,
-        num_experts=len(jobs),
-        num_dense=len(jobs) if full else len(parents) if on_deltas else 0,
-        split_layer=sizes.split_layer,
-        rank=rank,
-        alpha=sizes.alpha * rank / sizes.rank,
-        target_modules=sizes.target_modules,
-        pooling=sizes.pooling,
-    )
+    num_dense = len(jobs) if full else len(parents) if on_deltas else 0
+    experts = bench.new_experts(len(jobs), rank=rank, num_dense=num_dense)
     if full:
         experts.dense_ids.copy_(torch.arange(len(jobs)))
         experts.sites.requires_grad_(False)

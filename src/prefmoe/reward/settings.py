@@ -115,7 +115,7 @@ class Phase3Settings(_Section):
     )
     kinds: list[AggregatorKind] = Field(
         ["task_head", "linear_scores", "linear_states", "mlp"],
-        description="candidates, of which validation keeps one a task; task_head is always one",
+        description="candidates; each task keeps the best on pairs it was not fitted on; task_head is always one",
     )
     mlp_epochs: int = Field(30, ge=1, description="passes over the features; the best one is kept")
     mlp_learning_rate: float = Field(1e-4, gt=0, description="of AdamW")

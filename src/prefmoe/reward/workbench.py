@@ -11,6 +11,7 @@ from prefmoe.data.split import prompt_hash
 from prefmoe.errors import ConfigError
 from prefmoe.records import PreferencePair
 from prefmoe.reward.backbone import load_backbone, resolve_backbone
+from prefmoe.reward.experts import Experts
 from prefmoe.reward.progress import Progress, silent
 from prefmoe.reward.run import Run, process_state
 from prefmoe.reward.settings import BackboneSettings, RewardSettings
@@ -61,6 +62,21 @@ class Workbench:
     def table(self) -> TextTable:
         """All texts."""
         return self.trunk.table
+
+    def new_experts(self, num_experts: int, *, rank: int | None = None, num_dense: int = 0) -> Experts:
+        """Untrained experts of the settings' kind, not attached; alpha grows with `rank`, so the scale stays."""
+        sizes = self.settings.experts
+        rank = rank or sizes.rank
+        return Experts(
+            self.backbone,
+            num_experts=num_experts,
+            num_dense=num_dense,
+            split_layer=sizes.split_layer,
+            rank=rank,
+            alpha=sizes.alpha * rank / sizes.rank,
+            target_modules=sizes.target_modules,
+            pooling=sizes.pooling,
+        )
 
 
 def build_workbench(
