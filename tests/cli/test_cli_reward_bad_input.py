@@ -176,13 +176,15 @@ def test_an_other_config_in_the_same_folder_is_refused(backbone_folder, tmp_path
     assert "run holds a run with another config; choose another --out or delete it" in result.stderr
 
 
-def test_one_bad_row_among_many_does_not_hide_the_others(tmp_path):
-    many = [row(prompt=f"Why {i}?") for i in range(20_000)]
-    many[12_344]["chosen"] = ""
-    result = run_cli("data", "check", write_rows(tmp_path / "many.jsonl", many))
+def test_one_bad_row_in_a_million_does_not_hide_the_others(tmp_path):
+    with (tmp_path / "many.jsonl").open("w") as file:
+        for i in range(1_000_000):
+            chosen = "" if i == 777_776 else "a"
+            file.write(f'{{"prompt": "Why {i}?", "chosen": "{chosen}", "rejected": "b"}}\n')
+    result = run_cli("data", "check", tmp_path / "many.jsonl")
     assert result.exit_code == 3
-    assert result.stdout == f"{tmp_path}/many.jsonl:12345: 'chosen' is empty; drop the row\n"
-    assert "20000 rows, 19999 usable pairs, 1 problems" in result.stderr
+    assert result.stdout == f"{tmp_path}/many.jsonl:777777: 'chosen' is empty; drop the row\n"
+    assert "1000000 rows, 999999 usable pairs, 1 problems" in result.stderr
 
 
 ODD_TEXTS = {
