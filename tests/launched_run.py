@@ -18,10 +18,12 @@ def launched_settings(out: Path) -> RewardSettings:
 
 
 def main(out: Path) -> None:
-    """Trains and measures."""
+    """Trains and, as the command line does, measures in the main process only."""
     torch.set_num_threads(1)
     bench = tiny_bench(launched_settings(out), planted_splits(num_train=23))
-    evaluate_models(bench, train_models(bench))
+    models = train_models(bench)
+    if bench.run.is_main:
+        evaluate_models(bench, models)
     state = bench.run.state
     sys.stdout.write(f"process {state.process_index} of {state.num_processes}\n")
 

@@ -80,9 +80,11 @@ def test_kills_hit_where_they_should(killed: Killed) -> None:
     assert has("phase2", "checkpoints/phase2/checkpoint-")
     assert has("phase2, while its result is written", "trainer_state.json")
     assert not has("phase2, while its result is written", "steps/phase2")
-    assert has("phase3", "steps/phase2")
+    assert has("phase3", "steps/features_half0")
+    assert not has("phase3", "steps/features_half1")
     assert "metrics.json" not in killed.seen["saving"]
     assert has("measuring", "dmoerm/model.safetensors")
+    assert has("measuring", "steps/test_per_task")
 
 
 @pytest.mark.parametrize("step", ["router", "single_wide", "shared", "phase1", "phase2"])

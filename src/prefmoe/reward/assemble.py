@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prefmoe.nn import AggregatorKind, TaskRouter
@@ -47,9 +48,10 @@ def expert_features(
     rows: TaskRows,
     *,
     rank: int | None = None,
+    name: str,
     label: str,
 ) -> dict[str, ExpertFeatures]:
-    """What the experts of each task say of that task's pairs.
+    """What the experts of each task say of that task's pairs; computed once, as a step of the run.
 
     Args:
         bench: What is worked on.
@@ -57,28 +59,38 @@ def expert_features(
         tasks: Capabilities of every task.
         rows: Pairs of every task.
         rank: LoRA rank of the states.
+        name: Of the step.
         label: For the progress bar.
     """
-    names = [expert_name(task, name) for task, points in tasks.items() for name in ("", *points)]
-    experts = build_experts(bench, [states[name] for name in names], rank=rank)
-    experts.attach(bench.backbone)
-    try:
-        wanted = [
-            (text, names.index(expert_name(task, name)))
-            for task, points in tasks.items()
-            for pair in rows[task]
-            for text in (pair.chosen, pair.rejected)
-            for name in ("", *points)
-        ]
-        pooled = pooled_states(
-            bench.backbone, experts, bench.trunk, wanted, label=label, progress=bench.progress
-        )
-    finally:
-        experts.detach()
+    names = [expert_name(task, point) for task, points in tasks.items() for point in ("", *points)]
+    experts = build_experts(bench, [states[key] for key in names], rank=rank)
+    wanted = [
+        (text, names.index(expert_name(task, point)))
+        for task, points in tasks.items()
+        for pair in rows[task]
+        for text in (pair.chosen, pair.rejected)
+        for point in ("", *points)
+    ]
+
+    def compute() -> Tensor:
+        experts.attach(bench.backbone)
+        try:
+            return pooled_states(
+                bench.backbone, experts, bench.trunk, wanted, label=label, progress=bench.progress
+            )
+        finally:
+            experts.detach()
+
+    pooled = bench.run.step(
+        f"features_{name}.safetensors",
+        compute,
+        save=lambda file, states: save_file({"states": states}, file),
+        load=lambda file: load_file(file)["states"],
+    )
     features: dict[str, ExpertFeatures] = {}
     first = 0
     for task, points in tasks.items():
-        ids = [names.index(expert_name(task, name)) for name in ("", *points)]
+        ids = [names.index(expert_name(task, point)) for point in ("", *points)]
         count = 2 * len(rows[task]) * len(ids)
         mine = pooled[first : first + count].view(len(rows[task]), 2, len(ids), bench.trunk.hidden)
         first += count
@@ -125,7 +137,9 @@ def choose_aggregators(
             for name in ("", *points)
         }
         rows = rows_by_task(bench, "train", fold)
-        found = expert_features(bench, states, bench.tasks, rows, label=f"held-out pairs, {fold.name}")
+        found = expert_features(
+            bench, states, bench.tasks, rows, name=fold.name, label=f"held-out pairs, {fold.name}"
+        )
         for task, features in found.items():
             held_out[task].append(features)
     candidates: dict[str, Candidates] = {}

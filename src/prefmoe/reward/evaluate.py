@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from prefmoe.errors import PrefmoeWarning
 from prefmoe.evaluation.metrics import Metrics, build_metrics, write_metrics
@@ -60,12 +62,7 @@ def prompts_by_task(encoded: EncodedPairs) -> dict[str, list[str]]:
 def evaluate_models(bench: Workbench, models: Models) -> Metrics:
     """Measures all models on the test pairs and writes metrics.json and the report's other files."""
     warn_of_unknown_tasks(bench.test.pairs, list(bench.tasks))
-    scores = {}
-    for method, model in models.items():
-        with bench.run.clock(f"test_{method}"):
-            scores[method] = score_pairs(
-                model, bench.trunk, bench.test, label=f"test pairs, {method}", progress=bench.progress
-            )
+    scores = {method: _test_scores(bench, method, model) for method, model in models.items()}
     files: dict[str, BaseModel | Mapping[str, BaseModel] | Sequence[BaseModel]] = {}
     routed = next((m for m in ("dmoerm", "per_task") if m in models), None)
     router_accuracy = None
@@ -89,6 +86,34 @@ def evaluate_models(bench: Workbench, models: Models) -> Metrics:
             write_run_file(bench.run.folder / name, content)
         write_metrics(metrics, bench.run.folder / "metrics.json")
     return metrics
+
+
+def _test_scores(
+    bench: Workbench, method: Method, model: DMoERMForSequenceClassification
+) -> tuple[Scores, Scores]:
+    """Scores of both sides of the test pairs, as a step of the run: a killed one goes on behind it."""
+
+    def compute() -> dict[str, Tensor]:
+        both = score_pairs(
+            model, bench.trunk, bench.test, label=f"test pairs, {method}", progress=bench.progress
+        )
+        return {
+            f"{side}.{name}": column.contiguous()
+            for side, scores in zip(("chosen", "rejected"), both, strict=True)
+            for name, column in scores._asdict().items()
+        }
+
+    columns = bench.run.step(
+        f"test_{method}.safetensors",
+        compute,
+        save=lambda file, found: save_file(found, file),
+        load=load_file,
+        alone=True,
+    )
+    chosen, rejected = (
+        Scores(*(columns[f"{side}.{name}"] for name in Scores._fields)) for side in ("chosen", "rejected")
+    )
+    return chosen, rejected
 
 
 def evaluate_saved(

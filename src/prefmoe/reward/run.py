@@ -67,6 +67,7 @@ class Run:
         load: Callable[[Path], T],
         *,
         together: bool = False,
+        alone: bool = False,
     ) -> T:
         """The result of a step: read if it is there, else computed and written.
 
@@ -76,6 +77,7 @@ class Run:
             save: Writes it to a path; the file gets its name only when it is whole.
             load: Reads it back. What is returned was always read back, so a resumed run sees the same.
             together: All processes compute (a distributed training); otherwise only the main one does.
+            alone: Only the main process comes here at all, so nobody waits for the others.
         """
         file = self.folder / "steps" / name
         if not file.exists() and (together or self.is_main):
@@ -86,7 +88,8 @@ class Run:
                 staging = file.with_name(f".{file.name}.part")
                 save(staging, result)
                 staging.replace(file)
-        self.wait()
+        if not alone:
+            self.wait()
         return load(file)
 
     @contextmanager

@@ -52,9 +52,9 @@ def train_models(bench: Workbench) -> Models:
     if wide is not None:
         num_experts = sum(1 + len(points) for points in bench.tasks.values())
         rank = bench.settings.experts.rank * num_experts
-        models["single_wide"] = _one_expert_model(bench, wide.state, rank=rank)
+        models["single_wide"] = _one_expert_model(bench, wide.state, name="single_wide", rank=rank)
     if "single" in methods:
-        models["single"] = _one_expert_model(bench, trained["single@"].state)
+        models["single"] = _one_expert_model(bench, trained["single@"].state, name="single")
     if "per_task" in methods:
         models["per_task"] = _per_task_model(bench, trained, router)
     if folds:
@@ -96,12 +96,14 @@ def _validation_rows(bench: Workbench) -> TaskRows:
 
 
 def _one_expert_model(
-    bench: Workbench, state: ExpertState, *, rank: int | None = None
+    bench: Workbench, state: ExpertState, *, name: str, rank: int | None = None
 ) -> DMoERMForSequenceClassification:
     states = {expert_name(ONE_TASK): state}
     tasks: dict[str, list[str]] = {ONE_TASK: []}
     rows = {ONE_TASK: list(bench.validation.rows)}
-    features = expert_features(bench, states, tasks, rows, rank=rank, label="validation pairs, single")
+    features = expert_features(
+        bench, states, tasks, rows, rank=rank, name=name, label=f"validation pairs, {name}"
+    )
     return assemble_model(bench, tasks, states, features, rank=rank)
 
 
@@ -111,7 +113,7 @@ def _per_task_model(
     tasks: dict[str, list[str]] = {task: [] for task in bench.tasks}
     states = {expert_name(task): trained[expert_name(task)].state for task in tasks}
     features = expert_features(
-        bench, states, tasks, _validation_rows(bench), label="validation pairs, per task"
+        bench, states, tasks, _validation_rows(bench), name="per_task", label="validation pairs, per task"
     )
     return assemble_model(bench, tasks, states, features, router=router)
 
@@ -130,7 +132,7 @@ def _dmoerm_model(
         for name in ("", *points)
     }
     features = expert_features(
-        bench, states, bench.tasks, _validation_rows(bench), label="validation pairs, DMoERM"
+        bench, states, bench.tasks, _validation_rows(bench), name="dmoerm", label="validation pairs, DMoERM"
     )
     with bench.run.clock("phase3"):
         aggregators = choose_aggregators(bench, folds, trained, final=states, validation=features)
