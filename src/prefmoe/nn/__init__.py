@@ -15,25 +15,59 @@ from prefmoe.nn.lora_bank import LoraBank
 from prefmoe.nn.losses import bradley_terry_loss
 from prefmoe.nn.pooling import last_token, mean_tokens, pack_left
 from prefmoe.nn.probe import fit_bradley_terry, fit_softmax
+from prefmoe.nn.router_losses import (
+    empty_mass_penalty,
+    group_hinge_loss,
+    group_soft_loss,
+    localized_balance_loss,
+    mean_by_text,
+    routing_entropy,
+    switch_balance_loss,
+    within_group_balance,
+)
 from prefmoe.nn.routing import Routing, RoutingMode, TaskRouter, route, router_features
+from prefmoe.nn.token_routing import (
+    ExpertGroups,
+    RecurrentRouter,
+    TokenRouter,
+    float32_linear,
+    group_log_masses,
+    route_tokens,
+    steering_factors,
+)
 
 __all__ = [
     "AggregatorKind",
     "DenseBank",
+    "ExpertGroups",
     "LoraBank",
+    "RecurrentRouter",
     "Routing",
     "RoutingMode",
     "TaskRouter",
+    "TokenRouter",
     "bradley_terry_loss",
     "build_aggregator",
+    "empty_mass_penalty",
     "fit_bradley_terry",
     "fit_softmax",
+    "float32_linear",
+    "group_hinge_loss",
+    "group_log_masses",
+    "group_soft_loss",
     "last_token",
+    "localized_balance_loss",
+    "mean_by_text",
     "mean_reward",
     "mean_tokens",
     "pack_left",
     "route",
+    "route_tokens",
     "router_features",
+    "routing_entropy",
+    "steering_factors",
+    "switch_balance_loss",
     "uncertainty_weighted",
+    "within_group_balance",
     "worst_case",
 ]

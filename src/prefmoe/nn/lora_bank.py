@@ -11,13 +11,14 @@ from prefmoe.errors import CheckpointError, ConfigError, ShapeError
 from prefmoe.shapes import ExpertIds
 
 ExpertState = dict[str, Tensor]
+MixtureWeights = Float[Tensor, "*tokens experts"]
 
 
 class LoraBank(nn.Module):
     r"""What `num_experts` LoRA experts add to the output of one linear layer.
 
     Expert $e$ adds $\frac{\alpha}{r} B_e A_e x$. The bank knows neither the layer it belongs to nor who picks
-    the experts: `select` takes one expert a row.
+    the experts: `select` takes one expert a row (DMoERM), `mix` a weighted sum of all a token (PMoL).
 
     Parameters it owns:
         A: (experts, rank, in), Kaiming-uniform as `nn.Linear` starts, each expert on its own.
@@ -29,7 +30,7 @@ class LoraBank(nn.Module):
         num_experts: Number of experts, at least 1.
         rank: Rank of every expert, at least 1.
         alpha: Scale of every expert; what is added is multiplied by alpha / rank.
-        dtype: Dtype of the parameters. `select` computes in the dtype of its input.
+        dtype: Dtype of the parameters. `select` and `mix` compute in the dtype of their input.
         device: Where the parameters lie.
 
     Raises:
@@ -41,6 +42,8 @@ class LoraBank(nn.Module):
     Example:
         >>> bank = LoraBank(4, 3, num_experts=2, rank=1, alpha=2.0)
         >>> bank.select(torch.ones(5, 7, 4), torch.tensor([0, 1, 1, 0, 1])).shape
+        torch.Size([5, 7, 3])
+        >>> bank.mix(torch.ones(5, 7, 4), torch.full((5, 7, 2), 0.5)).shape
         torch.Size([5, 7, 3])
     """
 
@@ -94,6 +97,52 @@ class LoraBank(nn.Module):
         down = self.A[expert_ids].to(x.dtype).transpose(1, 2)
         up = self.B[expert_ids].to(x.dtype).transpose(1, 2)
         return torch.bmm(torch.bmm(x, down) * self.scale, up)
+
+    def mix(self, x: Float[Tensor, "*tokens in"], weights: MixtureWeights) -> Float[Tensor, "*tokens out"]:
+        r"""What a weighted sum of all experts adds: $\frac{\alpha}{r} \sum_e w_e B_e A_e x$ for every token.
+
+        Two products whatever the number of experts: the stacked A, then the stacked B behind the weights.
+
+        Args:
+            x: Inputs of the linear layer.
+            weights: Weight of every expert for every token. They need not sum to 1: what is missing adds nothing.
+
+        Returns:
+            What to add to the linear layer's output, in the dtype of `x`.
+
+        Source:
+            DMoERM and PMoL share the bank; stacking is ours. Slow form: tests/reference/lora_bank.py.
+        """
+        return self.expand(self.shrink(x), weights)
+
+    def shrink(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens low"]:
+        """All experts' A times x, stacked: the first half of `mix`; low is experts x rank."""
+        return F.linear(x, self.A.flatten(0, 1).to(x.dtype))
+
+    def shrink_beside(
+        self, x: Float[Tensor, "*tokens in"], rows: Float[Tensor, "rows in"]
+    ) -> tuple[Float[Tensor, "*tokens low"], Float[Tensor, "*tokens rows"]]:
+        """`shrink`, and what some more rows (a router's) make of x, in one product."""
+        both = F.linear(x, torch.cat([self.A.flatten(0, 1), rows]).to(x.dtype))
+        return both[..., : -len(rows)], both[..., -len(rows) :]
+
+    def expand(
+        self, low: Float[Tensor, "*tokens low"], weights: MixtureWeights
+    ) -> Float[Tensor, "*tokens out"]:
+        """The second half of `mix`: what the experts, so weighted, make of their A x.
+
+        Args:
+            low: As `shrink` gives it.
+            weights: Weight of every expert for every token.
+
+        Returns:
+            What to add to the linear layer's output, in the dtype of `low`.
+        """
+        weighted = low.unflatten(-1, (self.num_experts, self.rank)) * (weights * self.scale).to(low.dtype)[..., None]
+        if low.numel() // low.shape[-1] < self.rank:
+            # A few tokens, as when text is generated: cheaper than copying B into one matrix.
+            return torch.einsum("...er,eor->...o", weighted, self.B.to(low.dtype))
+        return F.linear(weighted.flatten(-2), self.B.to(low.dtype).transpose(0, 1).flatten(1))
 
     @torch.no_grad()
     def reset_expert(self, expert: int) -> None:
