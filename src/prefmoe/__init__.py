@@ -2,18 +2,21 @@
 
     from prefmoe import Completion, RewardModel, read_pairs
 
-Importing prefmoe makes `transformers.AutoModelForSequenceClassification` load its reward models. It imports
-neither torch nor transformers itself: names are loaded when they are first used.
+Importing prefmoe makes `transformers.AutoModelForSequenceClassification` load its reward models, and PEFT its
+adapters. It imports neither torch nor transformers itself: names are loaded when they are first used.
 """
 
 import importlib
 import typing
 
-from prefmoe.reward import register
+from prefmoe.import_hook import import_after
 
 if typing.TYPE_CHECKING:
     from prefmoe.data.read import read_completions, read_pairs
     from prefmoe.data.world import World
+    from prefmoe.policy.config import PMoLConfig
+    from prefmoe.policy.trainers import PMoLDPOTrainer, connect_preferences
+    from prefmoe.policy.tuner import PMoLModel
     from prefmoe.records import Completion, Message, PreferencePair, RewardReport
     from prefmoe.reward.config import DMoERMConfig
     from prefmoe.reward.model import DMoERMForSequenceClassification
@@ -24,10 +27,14 @@ _HOMES = {
     "DMoERMConfig": "prefmoe.reward.config",
     "DMoERMForSequenceClassification": "prefmoe.reward.model",
     "Message": "prefmoe.records",
+    "PMoLConfig": "prefmoe.policy.config",
+    "PMoLDPOTrainer": "prefmoe.policy.trainers",
+    "PMoLModel": "prefmoe.policy.tuner",
     "PreferencePair": "prefmoe.records",
     "RewardModel": "prefmoe.reward.score",
     "RewardReport": "prefmoe.records",
     "World": "prefmoe.data.world",
+    "connect_preferences": "prefmoe.policy.trainers",
     "read_completions": "prefmoe.data.read",
     "read_pairs": "prefmoe.data.read",
 }
@@ -37,10 +44,14 @@ __all__ = [
     "DMoERMConfig",
     "DMoERMForSequenceClassification",
     "Message",
+    "PMoLConfig",
+    "PMoLDPOTrainer",
+    "PMoLModel",
     "PreferencePair",
     "RewardModel",
     "RewardReport",
     "World",
+    "connect_preferences",
     "read_completions",
     "read_pairs",
 ]
@@ -56,4 +67,5 @@ def __dir__() -> list[str]:
     return [*globals(), *__all__]
 
 
-register.register_when_transformers_is_imported()
+import_after("transformers.models.auto.configuration_auto", "prefmoe.reward.config")
+import_after("peft", "prefmoe.policy.tuner")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from prefmoe.errors import DataError, ShapeError
 from prefmoe.nn import ExpertGroups
+from prefmoe.policy.config import LossSides
 from prefmoe.suggest import nearest
 
 Preference = str | Mapping[str, float] | Sequence[float] | None
@@ -50,7 +51,9 @@ def preference_row(preference: Preference, groups: ExpertGroups) -> list[float]:
     return [share / total for share in shares]
 
 
-def as_target(preferences: Tensor, groups: ExpertGroups, *, batch_size: int) -> Tensor:
+def as_target(
+    preferences: Tensor, groups: ExpertGroups, *, batch_size: int, side: LossSides = "both"
+) -> Tensor:
     """Preferences as (batch, groups) shares.
 
     Args:
@@ -58,6 +61,7 @@ def as_target(preferences: Tensor, groups: ExpertGroups, *, batch_size: int) -> 
             count for pairs: all chosen, then all rejected.
         groups: The adapter's.
         batch_size: Number of texts.
+        side: Which side of pairs has a preference; the other gets none.
 
     Raises:
         ShapeError: Another number of rows or groups.
@@ -70,7 +74,8 @@ def as_target(preferences: Tensor, groups: ExpertGroups, *, batch_size: int) -> 
     else:
         target = preferences.float()
     if 2 * len(target) == batch_size:
-        target = torch.cat([target, target])
+        none = torch.zeros_like(target)
+        target = torch.cat([none if side == "rejected" else target, none if side == "chosen" else target])
     if target.shape != (batch_size, num_groups):
         raise ShapeError(
             f"preferences: got {tuple(preferences.shape)} for {batch_size} texts and {num_groups} groups; give one "

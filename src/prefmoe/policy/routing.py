@@ -11,7 +11,7 @@ backward pass, long after `end`. So the batch is kept until the next pass replac
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -39,6 +39,7 @@ class RoutedBatch(NamedTuple):
 
     mask: Tensor  # (batch, seq), 1.0 where a token counts: real, and of the completion where that is known
     target: Tensor | None  # (batch, groups) preference of every text, rows of zeros without one
+    is_training: bool = False
 
 
 class RouterRecord(NamedTuple):
@@ -51,12 +52,16 @@ class RouterRecord(NamedTuple):
     group_loss: Tensor | None
 
 
+Listener = Callable[[Sequence[RouterRecord], RoutedBatch], None]
+
+
 @dataclass
 class _Pass:
     """One forward pass."""
 
     batch: RoutedBatch | None = None
     is_open: bool = False
+    records: list[RouterRecord] = field(default_factory=list)
 
 
 class AdapterRouting:
@@ -72,7 +77,7 @@ class AdapterRouting:
             the trained mixture.
         loss_scale: What the losses are multiplied by before they join the gradient, as the Trainer scales its own:
             1 / accumulation steps, times what a GradScaler multiplies by.
-        records: What the routers did, while `is_recording`.
+        listeners: Called at the end of every pass with what each router did.
     """
 
     def __init__(self, config: PMoLConfig) -> None:
@@ -82,9 +87,9 @@ class AdapterRouting:
         self.cell: nn.GRUCell | None = None  # of recurrent routers; the first layer with experts owns it
         self.log_factors: Tensor | None = None
         self.loss_scale: Callable[[], float] = _one
-        self.is_recording = False
-        self.records: list[RouterRecord] = []
+        self.listeners: list[Listener] = []
         self.waiting_target: Tensor | None = None  # of the next batch, where a trainer cannot pass it along
+        self.has_warned = False
         self._pass = _Pass()
         self._decisions: dict[str, Tensor] = {}
         self._states: dict[str, Tensor] = {}
@@ -113,6 +118,9 @@ class AdapterRouting:
 
         def end() -> None:
             current.is_open = False
+            for listener in self.listeners:
+                if current.records:
+                    listener(current.records, batch)
             if not torch.is_grad_enabled():
                 self._pass, self._decisions, self._states = before
 
@@ -163,7 +171,7 @@ class AdapterRouting:
                 weights, group_loss = self._with_losses(logits, weights, batch)
             else:
                 group_loss = self._group_loss(logits, weights, batch)
-            if self.is_recording and self._pass.is_open:
+            if self.listeners and self._pass.is_open:
                 self._record(router, logits, weights, group_loss)
         if config.router_scope != "linear":
             self._decisions[block] = weights
@@ -231,7 +239,7 @@ class AdapterRouting:
         batch = self._pass.batch
         assert batch is not None
         shares = group_log_masses(logits, self.groups, temperature=self.config.temperature).exp()
-        self.records.append(
+        self._pass.records.append(
             RouterRecord(
                 router,
                 mean_by_text(weights, batch.mask),
@@ -271,7 +279,9 @@ def ride(carrier: Tensor, loss: Tensor) -> Tensor:
     return out
 
 
-def summarize(records: Sequence[RouterRecord], groups: ExpertGroups, target: Tensor | None) -> dict[str, Tensor]:
+def summarize(
+    records: Sequence[RouterRecord], groups: ExpertGroups, target: Tensor | None = None
+) -> dict[str, Tensor]:
     """Means over routers and texts, by the names under which trainers log them; all scalars.
 
     `router/load_<group>` and `router/empty_frac` are mean weights, `router/entropy` is in nats,

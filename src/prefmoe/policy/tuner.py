@@ -1,5 +1,6 @@
 """PMoLModel: what PEFT wraps a model in, and how it gets there."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_feat
 from peft.utils import NoMatchingPeftModuleError, register_peft_method
 from torch import Tensor, nn
 
-from prefmoe.errors import ConfigError
+from prefmoe.errors import ConfigError, PrefmoeWarning
 from prefmoe.nn import steering_factors
 from prefmoe.policy.config import PMoLConfig
 from prefmoe.policy.layer import MERGE_REFUSED, PMoLLayer, Site, block_of
@@ -115,10 +116,14 @@ class PMoLModel(BaseTuner):
         if mask is None:
             return lambda: None
         wanted = routing.waiting_target if preferences is None else preferences
-        target = None if wanted is None else as_target(wanted, routing.groups, batch_size=len(mask)).to(mask.device)
+        target = None
+        if wanted is not None:
+            side = routing.config.group_loss_on
+            target = as_target(wanted, routing.groups, batch_size=len(mask), side=side).to(mask.device)
         if self.training and torch.is_grad_enabled():
             _refuse_reentrant_checkpointing(self.model, routing.config)
-        return routing.begin(RoutedBatch(mask, target))
+            _warn_without_preferences(routing, target)
+        return routing.begin(RoutedBatch(mask, target, self.training))
 
     def _is_disabled(self) -> bool:
         layer = next((module for module in self.model.modules() if isinstance(module, PMoLLayer)), None)
@@ -165,12 +170,16 @@ class PMoLModel(BaseTuner):
     def recorded_routing(self, adapter_name: str | None = None) -> Iterator[list[RouterRecord]]:
         """Collects what every router does in the forward passes of a block."""
         routing = self.routings[adapter_name or self.active_adapters[0]]
-        before = routing.is_recording, routing.records
-        routing.is_recording, routing.records = True, []
+        kept: list[RouterRecord] = []
+
+        def keep(records: Sequence[RouterRecord], batch: RoutedBatch) -> None:
+            kept.extend(records)
+
+        routing.listeners.append(keep)
         try:
-            yield routing.records
+            yield kept
         finally:
-            routing.is_recording, routing.records = before
+            routing.listeners.remove(keep)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT does it, and forgets the adapter's routing."""
@@ -215,6 +224,17 @@ def _no_match(model: nn.Module, wanted: object) -> str:
         f"target_modules={names or wanted!r} matches no module of {type(model).__name__}; "
         f"{'nearest' if found else 'linear layers'}: {shown or 'none'}"
     )
+
+
+def _warn_without_preferences(routing: AdapterRouting, target: Tensor | None) -> None:
+    if target is None and routing.config.group_loss != "none" and not routing.has_warned:
+        routing.has_warned = True
+        warnings.warn(
+            "PMoL trains without preferences, so the group loss does nothing; call "
+            "prefmoe.connect_preferences(trainer), or pass preferences= to the model",
+            PrefmoeWarning,
+            stacklevel=2,
+        )
 
 
 def _refuse_reentrant_checkpointing(model: nn.Module, config: PMoLConfig) -> None:
