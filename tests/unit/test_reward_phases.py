@@ -1,0 +1,34 @@
+"""Which pairs and names a phase works with."""
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from prefmoe.reward.assemble import rows_by_task
+from prefmoe.reward.phases import expert_name, make_folds, pairs_of, select_rows
+from tiny_run import planted_splits, tiny_bench, tiny_settings
+
+
+@pytest.mark.parametrize("split", ["paper", "crossfit"])
+def test_ids_that_stand_twice_put_no_prompt_on_both_sides(tmp_path: Path, split: str) -> None:
+    """Ids often start anew in every file that a training file was put together from."""
+    splits = planted_splits()
+    splits["train"] = [replace(pair, id=str(i % 3)) for i, pair in enumerate(splits["train"])]
+    bench = tiny_bench(tiny_settings(tmp_path, phase3={"split": split}), splits)
+    for fold in make_folds(bench):
+        seen = {row.prompt for row in select_rows(bench.train, pairs_of(fold=fold))}
+        kept = {row.prompt for rows in rows_by_task(bench, "train", fold).values() for row in rows}
+        assert seen
+        assert kept
+        assert not seen & kept
+        assert len(seen) + len(kept) == len({row.prompt for row in bench.train.rows})
+
+
+def test_no_two_experts_have_one_name() -> None:
+    parts = ["", "a", "b", "a/b", "a@b", "a|b", "a%2Fb", "%"]
+    names = [expert_name(*some) for some in product(parts[1:], parts, ["", "half0"])]
+    assert len(set(names)) == len(names)
+    assert not any("|" in name for name in names)  # save_states parts names from tensors by it
+    assert expert_name("facts", "on topic", "half1") == "facts/on topic@half1"
