@@ -11,6 +11,8 @@ from data_helpers import CHATML, byte_tokenizer
 from prefmoe.data.render import Renderer
 from prefmoe.evaluation.metrics import read_metrics
 from prefmoe.evaluation.run_folder import read_run
+from prefmoe.evaluation.training_log import aggregator_choices, split_counts
+from prefmoe.evaluation.wording import PHASES, step_name
 from prefmoe.records import Completion
 from prefmoe.reward.assemble import rows_by_task
 from prefmoe.reward.evaluate import evaluate_saved, method_of, score_pairs
@@ -85,7 +87,15 @@ def test_the_loss_falls(run: FinishedRun) -> None:
 def test_the_run_folder_can_be_read_for_the_report(run: FinishedRun) -> None:
     found = read_run(run.folder)
     assert found.missing == ("best_of_n.json",)
-    assert {"data", "single_wide", "phase1", "phase2", "phase3"} <= {line.phase for line in found.log}
+    phases = {line.phase for line in found.log}
+    assert {"data", "single_wide", "phase1", "phase2", "phase3"} <= phases
+    assert phases <= {*PHASES, "data", "phase3"}  # the report has a name for each
+    assert set(aggregator_choices(found.log)) == set(TASKS)
+    assert {name: counts.pairs for name, counts in split_counts(found.log).items()} == {
+        name: len(getattr(run.bench, name).rows) for name in ("train", "validation", "test")
+    }
+    unnamed = [step for step in run.metrics.seconds if step_name(step) == step]
+    assert unnamed == []
     assert set(found.correlations) == set(TASKS)
     assert len(found.examples) == 2 * len(TASKS)
 
