@@ -38,6 +38,7 @@ PHASES = {
 }
 
 STEPS = {
+    "backbone": "Tiny backbone of the demo",
     "trunk": "Shared lower layers, all texts",
     "router": "Router",
     "phase3": "Phase 3: aggregators, with the states of the held-out pairs",

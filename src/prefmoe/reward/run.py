@@ -125,10 +125,14 @@ class Run:
         try:
             yield
         finally:
-            if self.is_main:
-                seconds = self.seconds()
-                seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 2)
-                write_text(self.folder / "seconds.json", json.dumps(seconds, indent=1))
+            self.add_seconds(name, time.perf_counter() - start)
+
+    def add_seconds(self, name: str, duration: float) -> None:
+        """Adds what a step took, seconds, to seconds.json."""
+        if self.is_main:
+            seconds = self.seconds()
+            seconds[name] = round(seconds.get(name, 0.0) + duration, 2)
+            write_text(self.folder / "seconds.json", json.dumps(seconds, indent=1))
 
     def seconds(self) -> dict[str, float]:
         """Seconds of every step so far."""
