@@ -10,6 +10,7 @@ One engine (`train_experts`) trains any number of experts at once; a phase says 
 A fold is a part of the pairs that is kept from phases 1 and 2, for the aggregators.
 """
 
+import contextlib
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -155,8 +156,17 @@ def train_stage(
     folder = bench.run.folder / "checkpoints" / name
     trained = bench.run.step(f"{name}.safetensors", compute, save, load, together=True)
     if bench.run.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_checkpoints(folder)
     return trained
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """All that is there but what `report_to` wrote."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    for empty in (folder, folder.parent):
+        with contextlib.suppress(OSError):  # not there, or not empty
+            empty.rmdir()
 
 
 def _new_experts(bench: Workbench, jobs: Sequence[ExpertJob], *, rank: int | None, full: bool) -> Experts:
