@@ -1,7 +1,7 @@
 """How often each rule of a tasks file tells the sides of a pair apart, and agrees with people where it does.
 
-python benchmarks/rule_labels.py shared/data/preferences/train.jsonl.gz --tasks configs/tasks-real.yaml
-python benchmarks/rule_labels.py shared/data/preferences/train.jsonl.gz --every-rule
+python benchmarks/rule_labels.py ../shared/data/preferences/train.jsonl.gz --tasks configs/tasks-real.yaml
+python benchmarks/rule_labels.py ../shared/data/preferences/train.jsonl.gz --every-rule
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A tiny run as a script for torchrun: `torchrun --nproc-per-node 2 launched_run.py OUT`."""
+"""A tiny run as a script: `accelerate launch --multi_gpu --num_processes 2 launched_run.py OUT`."""
 
 import sys
 from pathlib import Path

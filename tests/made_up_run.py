@@ -90,20 +90,28 @@ def _write_curves(folder: Path, rng: np.random.Generator) -> None:
 
 
 def _write_log(folder: Path, rng: np.random.Generator) -> None:
-    phases = {
-        "train_router": (1.1, 0.08, 60),
-        "train_task_adapters": (0.72, 0.45, 200),
-        "train_capability_experts": (0.7, 0.5, 300),
-        "train_aggregator": (0.6, 0.42, 100),
-    }
-    with (folder / "metrics.jsonl").open("w") as log:
-        for phase, (start, end, last) in phases.items():
-            for step in range(0, last + 1, 5):
-                loss = end + (start - end) * math.exp(-4 * step / last) + 0.01 * rng.normal()
-                line = {"step": step, "phase": phase, "loss": loss}
-                if step % 20 == 0:
-                    line["validation_accuracy"] = 1.05 - 0.75 * loss
-                log.write(json.dumps(line) + "\n")
+    lines: list[dict[str, object]] = [
+        {"step": 0, "phase": "data", "split": split, "pairs": pairs, "truncated": truncated, "equal": equal}
+        for split, pairs, truncated, equal in [("train", 900, 4, 0), ("validation", 90, 0, 0), ("test", 120, 3, 1)]
+    ]
+    for phase, (start, end, last) in {
+        "shared": (0.72, 0.6, 60),
+        "phase1": (0.72, 0.45, 200),
+        "phase2": (0.7, 0.5, 300),
+    }.items():
+        for step in range(0, last + 1, 5):
+            loss = end + (start - end) * math.exp(-4 * step / last) + 0.01 * rng.normal()
+            lines.append({"step": step, "phase": phase, "loss": loss, "learning_rate": 1e-4})
+            if step % 20 == 0:
+                each = {f"eval_accuracy/{task}": 1.05 - 0.75 * loss + 0.02 * rng.normal() for task in TASKS}
+                mean = sum(each.values()) / len(each)
+                lines.append(
+                    {"step": step, "phase": phase, "eval_loss": loss + 0.05, "eval_accuracy": mean, **each}
+                )
+        lines.append({"step": last, "phase": phase, "train_loss": 0.5, "train_runtime": 12.0})
+    evidence = {"evidence/task_head": 0.61, "evidence/linear_scores": 0.625, "evidence/mlp": 0.55}
+    lines += [{"step": 0, "phase": "phase3", "task": task, "kept": "linear_scores", **evidence} for task in TASKS]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -87,7 +87,7 @@ def test_only_our_warnings_are_shown():
         (["reward", "trian"], "Did you mean 'train'?"),
         (["reward", "train"], "Missing argument 'CONFIG.yaml'"),
         (["reward", "score", "model", "in.jsonl"], "Missing option '--out'"),
-        (["reward", "score", "model", "in.jsonl", "-o", "x", "--routing", "best"], "'top1', 'soft'"),
+        (["reward", "score", "model", "in.jsonl", "-o", "x", "--routing", "best"], "'top1', 'soft', 'given'"),
         (["reward", "eval", "model"], "Missing argument 'FILE...'"),
         (["reward", "train", "a.yaml", "--sett", "a=1"], "No such option"),
     ],

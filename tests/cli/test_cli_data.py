@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -55,6 +56,21 @@ def test_unusable_file_exits_3(tmp_path, name, sentence):
     result = run("check", tmp_path / name)
     assert result.exit_code == 3
     assert result.stdout.startswith(f"{tmp_path / name}: {sentence}")
+
+
+@pytest.mark.parametrize("command", ["check", "stats"])
+def test_a_dataset_name_is_read_by_its_split(command, monkeypatch):
+    calls = []
+
+    def load_dataset(name, *, split):
+        calls.append((name, split))
+        return [row()]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    for options in ([], ["--split", "test"]):
+        result = run(command, "someone/pairs", *options)
+        assert result.exit_code == 0, result.stdout
+    assert calls == [("someone/pairs", "train"), ("someone/pairs", "test")]
 
 
 @pytest.mark.parametrize("command", ["check", "stats"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cli_helpers import pair_rows, run_cli, write_config
+from cli_helpers import MAX_LENGTH, pair_rows, run_cli, write_config
 from data_helpers import write_rows
 from prefmoe.evaluation.metrics import read_metrics
 from prefmoe.reward import score_file as module
@@ -99,6 +99,30 @@ def test_score_writes_one_line_a_completion_in_order(saved_model, tmp_path, rout
     capabilities = {"advice": {"empathy", "warmth"}, "facts": set(), "writing": {"rhythm"}}
     assert all(set(line["capabilities"]) == capabilities[line["task"]] for line in lines)
     assert len({line["reward"] for line in lines}) == 5
+
+
+def test_score_can_be_told_the_task(saved_model, tmp_path):
+    rows = [{"prompt": "Why?", "completion": "So.", "task": task} for task in ("writing", "advice")]
+    source, out = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    assert run_cli("reward", "score", saved_model, source, "-o", out, "--routing", "given").exit_code == 0
+    assert [line["task"] for line in read_lines(out)] == ["writing", "advice"]
+    source = write_rows(tmp_path / "in2.jsonl", [{**rows[0], "task": "poetry"}])
+    result = run_cli("reward", "score", saved_model, source, "-o", tmp_path / "new.jsonl", "--routing", "given")
+    assert result.exit_code == 3
+    assert "tasks ['poetry'] are not among those of the model" in result.stderr
+
+
+def test_eval_counts_what_was_cut_and_what_became_a_tie(saved_model, tmp_path):
+    rows = pair_rows("test", num=4)
+    rows[0] |= {"chosen": "y" * 200 + "a", "rejected": "y" * 200 + "b"}
+    rows[1] |= {"prompt": "long " * 200}
+    source = write_rows(tmp_path / "in.jsonl", rows)
+    result = run_cli("reward", "eval", saved_model, source)
+    assert result.exit_code == 0
+    expected = f"warning: 2 of 8 pairs lost tokens to fit the model's {MAX_LENGTH}; the sides of 1 became equal and"
+    assert expected in result.stderr
+    result = run_cli("reward", "eval", saved_model, write_rows(tmp_path / "in.jsonl", rows[2:]))
+    assert "lost tokens" not in result.stderr
 
 
 def test_score_of_pairs_gives_both_sides(saved_model, tmp_path):

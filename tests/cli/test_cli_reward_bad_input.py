@@ -1,9 +1,13 @@
 """What a user's mistakes look like: a sentence and an exit code, never a traceback (issue 2, 'Bad input').
 
-The other rows of that table: a full disk, a checkpoint cut in half and another backbone are in the tests of
-checkpoints; 10^6 rows with one bad one are in the tests of `data check`.
+Every row of that table is here, as a user meets it; the tests of the artefact and of runs look closer at full disks,
+damaged files and other backbones.
 """
 
+import errno
+import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +20,8 @@ import yaml
 from cli_helpers import MAX_LENGTH, pair_rows, run_cli, write_config
 from data_helpers import row, write_rows
 from prefmoe.evaluation.metrics import read_metrics
+from prefmoe.reward import artefact
+from tiny import tiny_backbone
 
 
 class Mistake(NamedTuple):
@@ -330,6 +336,99 @@ def test_a_folder_without_a_model_is_a_checkpoint_error(tmp_path):
             assert len(result.stderr.splitlines()) == 1
             assert str(folder) in result.stderr
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.fixture
+def model_copy(saved_model, backbone_folder, tmp_path):
+    """A model and its backbone that a test may spoil, and the commands that load it."""
+    shutil.copytree(backbone_folder, tmp_path / "backbone")
+    shutil.copytree(saved_model, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace(str(backbone_folder), str(tmp_path / "backbone")))
+    source = write_rows(tmp_path / "in.jsonl", pair_rows("test", num=1))
+    score = ["reward", "score", tmp_path / "model", source, "-o", tmp_path / "out.jsonl"]
+    return tmp_path, [score, ["reward", "eval", tmp_path / "model", source]]
+
+
+def cut_in_half(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (
+            lambda folder: cut_in_half(folder / "model" / "model.safetensors"),
+            "{folder}/model/model.safetensors: damaged or cut short",
+        ),
+        (
+            lambda folder: cut_in_half(folder / "model" / "config.json"),
+            "{folder}/model/config.json: no readable config of a reward model",
+        ),
+        (
+            lambda folder: cut_in_half(folder / "model" / "tokenizer.json"),
+            "{folder}/model: holds no tokenizer",
+        ),
+        (
+            lambda folder: tiny_backbone(seed=1).save_pretrained(folder / "backbone"),
+            "but the one found has weights",
+        ),
+    ],
+    ids=["weights cut in half", "config cut in half", "tokenizer cut in half", "another backbone"],
+)
+def test_a_model_that_cannot_be_used_is_a_checkpoint_error(model_copy, spoil, sentence):
+    folder, commands = model_copy
+    for command in commands:
+        assert run_cli(*command).exit_code == 0
+    (folder / "out.jsonl").unlink()
+    spoil(folder)
+    for command in commands:
+        result = run_cli(*command)
+        assert (result.exit_code, result.stdout) == (5, "")
+        assert sentence.format(folder=folder) in result.stderr.splitlines()[-1]
+    assert not (folder / "out.jsonl").exists()
+
+
+def test_a_full_disk_during_the_save_keeps_the_old_model_whole(backbone_folder, tmp_path, monkeypatch):
+    config = write_config(tmp_path, backbone_folder)
+    quick = ["--set", "phase1.epochs=0", "--set", "phase2.epochs=0"]
+    assert run_cli("reward", "train", config, *quick).exit_code == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run" / "dmoerm").iterdir()}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(artefact, "save_torch_state_dict", full)
+    result = run_cli("reward", "train", config, *quick)
+    assert (result.exit_code, result.stdout) == (5, "")
+    expected = f"{tmp_path}/run/dmoerm: could not be saved, what was there is unchanged: .*No space left on device\n"
+    assert re.search(expected, result.stderr)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run" / "dmoerm").iterdir()} == before
+
+
+def test_a_finished_step_cut_in_half_is_named(backbone_folder, tmp_path):
+    config = write_config(tmp_path, backbone_folder)
+    quick = ["--set", "phase1.epochs=0", "--set", "phase2.epochs=0"]
+    assert run_cli("reward", "train", config, *quick).exit_code == 0
+    for step in ("phase1", "features_dmoerm", "test_dmoerm"):
+        file = tmp_path / "run" / "steps" / f"{step}.safetensors"
+        whole = file.read_bytes()
+        cut_in_half(file)
+        result = run_cli("reward", "train", config, *quick)
+        assert (result.exit_code, result.stdout) == (5, "")
+        assert f"{file}: " in result.stderr
+        assert "delete it to compute it again" in result.stderr
+        file.write_bytes(whole)
+
+
+def test_pairs_that_changed_under_a_run_are_refused(backbone_folder, tmp_path):
+    config = write_config(tmp_path, backbone_folder)
+    quick = ["--set", "phase1.epochs=0", "--set", "phase2.epochs=0"]
+    assert run_cli("reward", "train", config, *quick).exit_code == 0
+    write_rows(tmp_path / "test.jsonl", [{**pair, "rejected": "Never."} for pair in pair_rows("test")])
+    result = run_cli("reward", "train", config, *quick)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert f"{tmp_path}/run: the test pairs changed since this run began; choose another --out" in result.stderr
 
 
 def test_real_process_has_no_traceback(tmp_path):

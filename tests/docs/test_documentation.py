@@ -21,7 +21,7 @@ from tiny import tiny_reward_model
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -78,6 +78,20 @@ def test_every_shipped_config_loads():
         content = yaml.safe_load(config.read_text(encoding="utf-8"))
         loaded = load_tasks(config) if "tasks" in content else load_settings(config)
         assert loaded.model_dump()
+
+
+def test_the_config_for_a_gpu_takes_every_pair_and_the_whole_backbone():
+    cpu, gpu = (load_settings(ROOT / "configs" / f"real-{kind}.yaml") for kind in ("cpu", "gpu"))
+    assert gpu.data.max_pairs_per_task is None
+    assert gpu.data.max_validation_pairs_per_task is None
+    assert gpu.backbone.num_layers is None
+    assert (gpu.data.train, gpu.data.test, gpu.methods) == (cpu.data.train, cpu.data.test, cpu.methods)
+
+
+def test_every_benchmark_has_a_line_with_its_command():
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        assert re.search(rf"\| `benchmarks/{file.name}` \| .* \| `python benchmarks/{file.name} ", page), file.name
 
 
 @pytest.mark.parametrize("file", [*PAGES, *CONFIGS, ROOT / "Makefile"], ids=lambda file: file.name)

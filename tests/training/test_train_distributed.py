@@ -1,6 +1,6 @@
-"""Two processes train the model that one process trains.
+"""Two processes, started by `accelerate launch`, train the model that one process trains.
 
-Started by torchrun, as `accelerate launch` does for GPUs; for CPUs alone it wants an MPI.
+`--multi_gpu` is accelerate's name for "several processes on this machine"; without it, it starts one on CPUs.
 """
 
 import json
@@ -19,7 +19,11 @@ from prefmoe.reward.artefact import read_tensors
 from prefmoe.reward.checkpoints import load_states
 
 _TESTS = Path(launched_run.__file__).parent
-_LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+_LAUNCH = [
+    *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"),
+    *("--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ import torch
 
 from data_helpers import CHATML, byte_tokenizer
 from prefmoe.data.render import Renderer
-from prefmoe.data.split import prompt_hash
 from prefmoe.evaluation.metrics import read_metrics
 from prefmoe.evaluation.run_folder import read_run
+from prefmoe.evaluation.training_log import aggregator_choices, split_counts
+from prefmoe.evaluation.wording import PHASES, step_name
 from prefmoe.records import Completion
 from prefmoe.reward.assemble import rows_by_task
 from prefmoe.reward.evaluate import evaluate_saved, method_of, score_pairs
@@ -86,7 +87,15 @@ def test_the_loss_falls(run: FinishedRun) -> None:
 def test_the_run_folder_can_be_read_for_the_report(run: FinishedRun) -> None:
     found = read_run(run.folder)
     assert found.missing == ("best_of_n.json",)
-    assert {"data", "single_wide", "phase1", "phase2", "phase3"} <= {line.phase for line in found.log}
+    phases = {line.phase for line in found.log}
+    assert {"data", "single_wide", "phase1", "phase2", "phase3"} <= phases
+    assert phases <= {*PHASES, "data", "phase3"}  # the report has a name for each
+    assert set(aggregator_choices(found.log)) == set(TASKS)
+    assert {name: counts.pairs for name, counts in split_counts(found.log).items()} == {
+        name: len(getattr(run.bench, name).rows) for name in ("train", "validation", "test")
+    }
+    unnamed = [step for step in run.metrics.seconds if step_name(step) == step]
+    assert unnamed == []
     assert set(found.correlations) == set(TASKS)
     assert len(found.examples) == 2 * len(TASKS)
 
@@ -193,23 +202,21 @@ def test_experts_are_evaluated_once_for_phase_3__defect_8(run: FinishedRun) -> N
 
 
 def test_phases_1_and_2_never_see_the_prompts_of_phase_3__defect_13(run: FinishedRun) -> None:
-    prompt_of = {p.id: prompt_hash(p.prompt) for p in run.bench.train.pairs}
     validation = {row.prompt for row in run.bench.validation.rows}
     for fold in make_folds(run.bench):
-        held_out = {prompt_of[name] for name in fold.held_out}
         jobs = [job for job in run.record.jobs if job.name.endswith(f"@{fold.name}")]
         assert len([job for job in jobs if not job.name.startswith("shared")]) == 5
         for job in jobs:
             seen = {row.prompt for row in job.train}
             assert seen
-            assert not seen & held_out
+            assert seen <= fold.trained
+            assert not seen & fold.held_out
             assert not seen & validation
 
 
 def test_aggregators_are_fitted_on_what_the_experts_did_not_see(run: FinishedRun) -> None:
     fitted = {row.prompt for rows in run.record.aggregator_rows for row in rows}
-    prompt_of = {p.id: prompt_hash(p.prompt) for p in run.bench.train.pairs}
-    assert fitted == {prompt_of[name] for fold in make_folds(run.bench) for name in fold.held_out}
+    assert fitted == {prompt for fold in make_folds(run.bench) for prompt in fold.held_out}
 
 
 def test_the_larger_part_trains_the_experts__defect_4(paper_run: FinishedRun) -> None:

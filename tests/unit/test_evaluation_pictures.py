@@ -8,6 +8,7 @@ from prefmoe.evaluation import pictures
 from prefmoe.evaluation.best_of_n import BestOfNCurve
 from prefmoe.evaluation.metrics import build_metrics
 from prefmoe.evaluation.run_folder import ExpertCorrelation, LogLine, RouterConfusion
+from prefmoe.evaluation.training_log import training_series
 
 NAMES = ["advice", "写作", "cost in $ or $$", "a name that is much longer than any name should be \x00"]
 
@@ -49,23 +50,26 @@ def test_every_method_has_its_own_look():
 
 
 def test_a_training_curve_tells_its_ends():
-    log = lines("train_router", loss=[1.5, 0.25], eval_accuracy=[0.5, 1.0])
-    picture = pictures.training_curve(log)
+    log = lines("p", loss=[1.5, 0.25], eval_loss=[1.6, 0.5], eval_accuracy=[0.5, 1.0])
+    picture = pictures.training_curve("Phase", training_series(log))
     assert picture.alt == (
-        "Router: loss from 1.500 at step 0 to 0.250 at step 10; "
-        "eval_accuracy from 0.500 at step 0 to 1.000 at step 10."
+        "Phase: training loss from 1.500 at step 0 to 0.250 at step 10; "
+        "validation loss from 1.600 at step 0 to 0.500 at step 10; "
+        "mean validation accuracy from 0.500 at step 0 to 1.000 at step 10."
     )
-    assert size(picture)[1] > size(pictures.training_curve(lines("train_router", loss=[1.5, 0.25])))[1]
+    only_loss = pictures.training_curve("Phase", training_series(lines("p", loss=[1.5, 0.25])))
+    assert size(picture)[0] == size(only_loss)[0]
+    assert size(picture)[1] > size(only_loss)[1]
 
 
-def test_a_step_that_was_logged_again_after_a_resume_counts_once():
-    log = [*lines("p", loss=[1.0, 0.9, 0.8]), *lines("p", loss=[0.5])]
-    assert pictures._series(log) == {"loss": [(0, 0.5), (10, 0.9), (20, 0.8)]}
-
-
-@pytest.mark.parametrize("numbers", [{"lr": [0.1]}, {"loss": [None]}, {"loss": [float("nan"), 1.0]}])
-def test_a_phase_with_nothing_to_draw_is_still_a_picture(numbers):
-    assert size(pictures.training_curve(lines("odd", **numbers))) > (0, 0)
+def test_a_phase_of_many_experts_is_as_large_as_one_of_few():
+    sizes = []
+    for number in (1, 60):
+        each = {f"eval_accuracy/{'a long name of a task' * 3} {i}": [0.5, 0.6] for i in range(number)}
+        series = training_series(lines("p", loss=[1.5, 0.25], eval_accuracy=[0.5, 0.6], **each))
+        assert len(series.experts) == number
+        sizes.append(size(pictures.training_curve("Phase", series)))
+    assert sizes[0] == sizes[1]
 
 
 def test_the_router_picture_tells_the_share_of_each_task():

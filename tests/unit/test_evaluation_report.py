@@ -60,7 +60,7 @@ def test_the_page_loads_nothing(whole_page):
 
 
 def test_every_picture_has_a_text(whole_page):
-    assert len(whole_page.images) == 2 + 1 + len(TASKS) + 4  # bars, best of n; router; experts; phases
+    assert len(whole_page.images) == 2 + 1 + len(TASKS) + 3  # bars, best of n; router; experts; phases
     assert all(len(image["alt"]) > 20 for image in whole_page.images)
 
 
@@ -80,6 +80,19 @@ def test_the_numbers_of_the_metrics_are_on_the_page(whole_run, whole_page):
     for difference in metrics["paired"].values():
         assert f"+{difference['macro']:.3f}" in whole_page.text
     assert f"{metrics['router']['accuracy']:.3f} of the test prompts" in whole_page.text
+
+
+def test_the_pairs_are_counted_and_what_was_cut_is_told(whole_page):
+    assert "900 training, 90 validation, 120 test pairs. 7 of them were too long for the model" in whole_page.text
+    assert "the two sides of 1 of these became equal, which counts as a tie." in whole_page.text
+
+
+def test_training_is_told_in_words_and_phase_3_in_a_table(whole_page):
+    training = whole_page.text.split("Training The loss says")[1]
+    for name in ("Shared start.", "Phase 1: task adapters.", "Phase 2: capability experts."):
+        assert name in training
+    assert re.search(r"facts\s*0.610\s*0.625\s*0.550\s*weighted scores", training)
+    assert "train_" not in training.split("Configuration")[0]
 
 
 def test_an_example_explains_its_reward(whole_page):
@@ -152,7 +165,7 @@ def test_a_wrong_route_is_told(tmp_path):
 
 
 def test_a_log_line_cut_by_a_kill_is_left_out(tmp_path):
-    whole = '{"step": 1, "phase": "train_router", "loss": 0.5}\n'
+    whole = '{"step": 1, "phase": "phase1", "loss": 0.5}\n'
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2, "ph')
     assert [line.step for line in read_run(tmp_path).log] == [1]
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2, "ph\n')

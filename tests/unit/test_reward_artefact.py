@@ -164,6 +164,11 @@ def test_the_attention_of_the_backbone_can_be_chosen(model, tmp_path, include_ba
     torch.testing.assert_close(rewards(again), rewards(model))
 
 
+def test_quantized_weights_are_refused(saved):
+    with pytest.raises(ConfigError, match="a quantized backbone gives other rewards .*; leave it out"):
+        load(saved, quantization_config={"load_in_4bit": True})
+
+
 def test_a_folder_with_other_files_keeps_them(model, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     model.save_pretrained(tmp_path)

@@ -1,9 +1,11 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from prefmoe.errors import ConfigError
+from prefmoe.errors import CheckpointError, ConfigError, DataError
 from prefmoe.evaluation.run_folder import read_run
 from prefmoe.reward.run import Run
 from tiny_run import tiny_settings
@@ -98,3 +100,38 @@ def test_seconds_of_a_step_that_fails_count(tmp_path: Path) -> None:
 
 def test_no_seconds_at_first(tmp_path: Path) -> None:
     assert Run(tiny_settings(tmp_path)).seconds() == {}
+
+
+def test_a_full_disk_leaves_no_half_step_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    run = Run(tiny_settings(tmp_path))
+
+    def full(file: Path, value: int) -> None:
+        file.write_text(str(value)[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(CheckpointError, match=r"x\.txt: could not be written .*No space left on device.*same command"):
+        run.step("x.txt", lambda: 77, full, read)
+    assert list((tmp_path / "steps").iterdir()) == []
+    assert run.step("x.txt", lambda: 8, write, read) == 80
+
+
+def test_a_step_cut_in_half_is_named(tmp_path: Path) -> None:
+    run = Run(tiny_settings(tmp_path))
+    run.step("x.txt", lambda: 7, write, read)
+    (tmp_path / "steps" / "x.txt").write_text("")
+    with pytest.raises(CheckpointError, match=r"x\.txt: damaged or cut short .*; delete it to compute it again"):
+        run.step("x.txt", lambda: 7, write, read)
+
+
+def test_inputs_that_changed_since_the_run_began_are_refused(tmp_path: Path) -> None:
+    inputs = {"the train pairs": "1", "the test pairs": "2", "the backbone": "3"}
+    Run(tiny_settings(tmp_path)).check_inputs(inputs)
+    Run(tiny_settings(tmp_path)).check_inputs(inputs)
+    with pytest.raises(DataError, match="the train pairs and the test pairs changed since this run began; choose"):
+        Run(tiny_settings(tmp_path)).check_inputs(inputs | {"the train pairs": "9", "the test pairs": "9"})
+
+
+def test_a_folder_whose_config_is_no_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match="holds a run with another config"):
+        Run(tiny_settings(tmp_path))

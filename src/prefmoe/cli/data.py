@@ -19,20 +19,22 @@ app = typer.Typer(no_args_is_help=True, help="Check and describe files of prefer
 Sources = Annotated[
     list[Path],
     typer.Argument(
-        help="Files (.jsonl, .jsonl.gz, .parquet), one a split, or folders of them.", show_default=False
+        help="Files (.jsonl, .jsonl.gz, .parquet), one a split, folders of them, or `datasets` names.",
+        show_default=False,
     ),
 ]
+Split = Annotated[str, typer.Option(help="Which split of a `datasets` name.")]
 
 
 @app.command()
-def check(files: Sources) -> None:
+def check(files: Sources, split: Split = "train") -> None:
     """Name every bad row, and every prompt that stands in two files.
 
     Each problem is one line on stdout: file:line: what is wrong. Exit code 3 if there is any.
     """
     people = Console(stderr=True)
     with people.status("checking ..."):
-        report = check_files({str(file): file for file in _expand(files)})
+        report = check_files({str(file): file for file in _expand(files)}, part=split)
     for problem in report.problems:
         typer.echo(str(problem))
     found = f"{sum(report.num_rows.values())} rows, {sum(report.num_pairs.values())} usable pairs"
@@ -44,12 +46,13 @@ def check(files: Sources) -> None:
 @app.command()
 def stats(
     files: Sources,
+    split: Split = "train",
     as_json: Annotated[bool, typer.Option("--json", help="Write the numbers as JSON to stdout.")] = False,
 ) -> None:
     """Count pairs, prompts, lengths and labels of each task."""
     people = Console(stderr=True)
     with people.status("reading ..."):
-        described = {str(file): describe_pairs(read_pairs(file)) for file in _expand(files)}
+        described = {str(file): describe_pairs(read_pairs(file, split=split)) for file in _expand(files)}
     if as_json:
         typer.echo(json.dumps(described, indent=2, ensure_ascii=False))
         return

@@ -68,8 +68,11 @@ def score(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="JSON Lines, one a completion.")],
     routing: Annotated[
-        Literal["top1", "soft"],
-        typer.Option(help="top1: experts of the likeliest task; soft: all tasks, weighted by the router."),
+        Literal["top1", "soft", "given"],
+        typer.Option(
+            help="top1: experts of the likeliest task; soft: all tasks, weighted by the router; given: those of the "
+            "row's own task."
+        ),
     ] = "top1",
 ) -> None:
     """Write reward, task and capability scores of every completion.

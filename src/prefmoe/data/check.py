@@ -26,11 +26,12 @@ class CheckReport:
     num_pairs: dict[str, int]
 
 
-def check_files(files: Mapping[str, str | Path]) -> CheckReport:
+def check_files(files: Mapping[str, str | Path], *, part: str | None = None) -> CheckReport:
     """Finds every bad row of the files, and every prompt that stands in two of them.
 
     Args:
         files: Source of each split, as for `read_pairs`; each is read once, one row at a time.
+        part: Which split of a folder or of a named dataset; None takes the key of `files`.
 
     Returns:
         The report. A source that cannot be read at all is one problem without a line.
@@ -44,7 +45,7 @@ def check_files(files: Mapping[str, str | Path]) -> CheckReport:
     for split, source in files.items():
         report.num_rows[split] = report.num_pairs[split] = 0
         try:
-            for row in iter_rows(source, split=split):
+            for row in iter_rows(source, split=part or split):
                 report.num_rows[split] += 1
                 report.num_pairs[split] += checker.check(row, split)
         except DataError as error:

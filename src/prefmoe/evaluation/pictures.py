@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from prefmoe.evaluation.best_of_n import BestOfNCurve, kl_best_of_n
 from prefmoe.evaluation.metrics import Metrics
-from prefmoe.evaluation.run_folder import ExpertCorrelation, LogLine, RouterConfusion
-from prefmoe.evaluation.wording import method_name, phase_wording
+from prefmoe.evaluation.run_folder import ExpertCorrelation, RouterConfusion
+from prefmoe.evaluation.training_log import Series, TrainingSeries
+from prefmoe.evaluation.wording import method_name
 
 
 class Picture(NamedTuple):
@@ -75,14 +76,15 @@ def accuracy_bars(metrics: Metrics) -> Picture:
     return _picture((width, 3.9), draw, f"Accuracy on each task. {'; '.join(parts)}.")
 
 
-def training_curve(lines: Sequence[LogLine]) -> Picture:
-    """Loss, and accuracy where it was logged, over the steps of one phase."""
-    series = _series(lines)
-    panels = [kind for kind in ("loss", "accuracy") if any(kind in name for name in series)]
-    ends = [f"{name} {_from_to(values)}" for name, values in series.items()]
-    draw = partial(_draw_curves, series=series, panels=panels, phase=lines[0].phase)
-    alt = f"{phase_wording(lines[0].phase).name}: {'; '.join(ends) or 'nothing was logged'}."
-    return _picture((4.8, 0.6 + 2.1 * max(1, len(panels))), draw, alt)
+def training_curve(name: str, series: TrainingSeries) -> Picture:
+    """Losses, and accuracy where it was logged, over the steps of one phase."""
+    named = {f"{kind} loss": values for kind, values in series.losses.items()}
+    if series.mean:
+        named["mean validation accuracy"] = series.mean
+    ends = "; ".join(f"{kind} {_from_to(values)}" for kind, values in named.items())
+    num_panels = bool(series.losses) + bool(series.mean)
+    draw = partial(_draw_curves, series=series)
+    return _picture((4.8, 0.6 + 2.2 * num_panels), draw, f"{name}: {ends}.")
 
 
 def router_confusion(confusion: RouterConfusion) -> Picture:
@@ -207,40 +209,38 @@ def _draw_bars(figure: Figure, *, metrics: Metrics, tasks: Sequence[str]) -> Non
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=4)
 
 
-def _series(lines: Sequence[LogLine]) -> dict[str, list[tuple[int, float]]]:
-    """The drawn numbers by name, each as (step, value) with rising steps; a step logged twice counts once."""
-    found: dict[str, dict[int, float]] = {}
-    for line in lines:
-        for name, value in (line.model_extra or {}).items():
-            if isinstance(value, int | float) and ("loss" in name or "accuracy" in name):
-                found.setdefault(name, {})[line.step] = float(value)
-    return {name: sorted(values.items()) for name, values in found.items()}
-
-
 def _from_to(values: Sequence[tuple[int, float]]) -> str:
     (start, first), (end, last) = values[0], values[-1]
     return f"from {first:.3f} at step {start} to {last:.3f} at step {end}"
 
 
-def _draw_curves(
-    figure: Figure, *, series: Mapping[str, Sequence[tuple[int, float]]], panels: Sequence[str], phase: str
-) -> None:
-    columns = figure.subplots(max(1, len(panels)), sharex=True, squeeze=False)[:, 0]
-    for axes, kind in zip(columns, panels, strict=False):
-        names = [name for name in series if kind in name]
-        for i, name in enumerate(names):
-            look = _LOOKS[i % len(_LOOKS)]
-            steps, values = zip(*series[name], strict=True)
-            marker = look.marker if len(steps) <= 20 else ""
-            axes.plot(steps, values, color=look.color, marker=marker, markersize=4, linewidth=1.4, label=name)
+def _draw_curves(figure: Figure, *, series: TrainingSeries) -> None:
+    panels = [*(["loss"] if series.losses else []), *(["accuracy"] if series.mean else [])]
+    columns = dict(zip(panels, figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], strict=True))
+    if series.losses:
+        axes = columns["loss"]
+        for look, (name, values) in zip(_LOOKS, series.losses.items(), strict=False):
+            _draw_line(axes, values, look, name)
+        axes.axhline(math.log(2), color="#666666", linewidth=1, linestyle="--", label="guessing (ln 2)")
+        axes.set_ylabel("loss (nats)")
+    if series.mean:
+        axes = columns["accuracy"]
+        for i, values in enumerate(series.experts.values()):
+            label = f"each of {len(series.experts)} experts" if i == 0 else None
+            axes.plot(*zip(*values, strict=True), color="#bbbbbb", linewidth=0.8, label=label)
+        _draw_line(axes, series.mean, _LOOKS[1], "mean")
+        axes.set_ylabel("validation accuracy")
+    for axes in columns.values():
         axes.grid(color=_GRID)
-        label = names[0].replace("_", " ") if len(names) == 1 else kind
-        axes.set_ylabel(f"{label} (nats)" if kind == "loss" else label)
-        if kind == "loss" and phase != "train_router":
-            axes.axhline(math.log(2), color="#666666", linewidth=1, linestyle="--", label="guessing (ln 2)")
-        if len(axes.get_lines()) > 1:
-            axes.legend(fontsize=8, ncols=2)
-    columns[-1].set_xlabel("step")
+        axes.legend(fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+    columns[panels[-1]].set_xlabel("step")
+
+
+def _draw_line(axes: Axes, values: Series, look: _Look, label: str) -> None:
+    marker = look.marker if len(values) <= 20 else ""
+    axes.plot(
+        *zip(*values, strict=True), color=look.color, marker=marker, markersize=4, linewidth=1.4, label=label
+    )
 
 
 def _draw_heat_map(

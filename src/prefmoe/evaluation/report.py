@@ -14,7 +14,15 @@ from prefmoe.evaluation.files import write_text
 from prefmoe.evaluation.metrics import Metrics, PairedMetrics, TaskMetrics
 from prefmoe.evaluation.pictures import Picture
 from prefmoe.evaluation.run_folder import FILES, LogLine, RunFolder, ScoredPair, read_run
-from prefmoe.evaluation.wording import METHODS, Wording, method_name, phase_wording
+from prefmoe.evaluation.training_log import aggregator_choices, split_counts, training_series
+from prefmoe.evaluation.wording import (
+    AGGREGATORS,
+    METHODS,
+    Wording,
+    method_name,
+    phase_wording,
+    step_name,
+)
 
 FEW_PAIRS = 30  # below this many pairs a bootstrap interval is too narrow to be trusted
 
@@ -88,6 +96,10 @@ def _content(run: RunFolder) -> dict[str, object]:
             if len(correlation.experts) > 1
         },
         "training": _training(run.log),
+        "splits": split_counts(run.log),
+        "choices": aggregator_choices(run.log),
+        "aggregator_names": AGGREGATORS,
+        "step_name": step_name,
         "capability_rows": _capability_rows,
         "few_pairs": FEW_PAIRS,
         "missing": {name: FILES[name] for name in run.missing},
@@ -126,14 +138,17 @@ def _verdict(interval: PairedMetrics) -> str:
 
 
 def _training(log: list[LogLine]) -> list[TrainingCurve]:
-    """One picture for each method and phase, in the order in which they were first logged."""
+    """One picture for each method and phase that has curves, in the order in which they were first logged."""
     groups: dict[tuple[str, str], list[LogLine]] = {}
     for line in log:
         groups.setdefault((line.method, line.phase), []).append(line)
-    return [
-        TrainingCurve(method, phase_wording(phase), pictures.training_curve(lines))
-        for (method, phase), lines in groups.items()
-    ]
+    curves = []
+    for (method, phase), lines in groups.items():
+        series = training_series(lines)
+        if series is not None:
+            wording = phase_wording(phase)
+            curves.append(TrainingCurve(method, wording, pictures.training_curve(wording.name, series)))
+    return curves
 
 
 def _capability_rows(pair: ScoredPair) -> list[CapabilityRow]:

@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 
 class LogLine(BaseModel):
-    """One line of `metrics.jsonl`; every further number whose name has "loss" or "accuracy" in it is drawn.
+    """One line of `metrics.jsonl`; see `training_log` for what the report makes of its further numbers.
 
     Attributes:
         step: Optimizer step, counted from the start of the phase.
-        phase: Training phase, for example "train_router".
+        phase: Training phase, for example "phase1"; "data" and "phase3" are not trained in steps.
         method: Method it belongs to; empty where the run trains one.
     """
 

@@ -24,22 +24,49 @@ METHODS = {
 }
 
 PHASES = {
-    "train_router": Wording("Router", "Learns to tell from the prompt which task it belongs to."),
-    "train_task_adapters": Wording(
-        "Task adapters", "One adapter a task learns which of two completions people prefer."
+    "shared": Wording("Shared start", "One adapter on the pairs of all tasks, from which the others start."),
+    "single_wide": Wording(
+        "Single, wide", "One adapter as large as all experts together, on the pairs of all tasks."
     ),
-    "train_capability_experts": Wording(
-        "Capability experts", "Each expert learns one capability of one task, from labels of that capability."
+    "phase1": Wording(
+        "Phase 1: task adapters", "One adapter a task learns which of two completions people prefer."
     ),
-    "train_aggregator": Wording(
-        "Aggregator", "Learns to make one reward out of what the experts of a task say."
+    "phase2": Wording(
+        "Phase 2: capability experts",
+        "Each expert learns one capability of one task, from labels of that capability.",
     ),
+}
+
+STEPS = {
+    "backbone": "Tiny backbone of the demo",
+    "trunk": "Shared lower layers, all texts",
+    "router": "Router",
+    "phase3": "Phase 3: aggregators, with the states of the held-out pairs",
+    "best_of_n": "Best of n",
+    "score": "Scoring",
+}
+
+AGGREGATORS = {
+    "task_head": "task adapter alone",
+    "linear_scores": "weighted scores",
+    "linear_states": "linear on states",
+    "mlp": "small network",
 }
 
 
 def method_name(method: str) -> str:
     """The name of a method for people; a method we do not know keeps its own."""
     return METHODS[method].name if method in METHODS else method
+
+
+def step_name(step: str) -> str:
+    """The name of a timed step of a run for people; a step we do not know keeps its own."""
+    kind, _, rest = step.partition("_")
+    if kind == "features" and rest:
+        return f"Experts' states, {method_name(rest) if rest in METHODS else f'held-out pairs ({rest})'}"
+    if kind == "test" and rest:
+        return f"Test pairs, {method_name(rest)}"
+    return STEPS.get(step) or phase_wording(step).name
 
 
 def phase_wording(phase: str) -> Wording:

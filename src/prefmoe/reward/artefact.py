@@ -11,13 +11,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefmoe.errors import CheckpointError
+from prefmoe.errors import CheckpointError, ConfigError
 from prefmoe.reward.backbone import load_backbone, new_backbone, weights_hash
 from prefmoe.reward.config import DMoERMConfig
 
 _BACKBONE = "backbone."
 _WEIGHTS = "model.safetensors"
-_BACKBONE_OPTIONS = ("attn_implementation", "device_map", "quantization_config")
+_BACKBONE_OPTIONS = ("attn_implementation", "device_map")
 
 # What a mixin may call on itself is known to the type checker only through the class it is mixed into.
 if TYPE_CHECKING:
@@ -96,13 +96,18 @@ class ArtefactMixin(_MixedInto):
             dtype: Of the backbone; None takes the one it was trained with. The small parts are float32 always.
             backbone: An already loaded backbone to put the experts on.
             revision: Of the hub repository.
-            **kwargs: `attn_implementation` reaches the backbone; so do `device_map` and `quantization_config` if it
-                is loaded by its name.
+            **kwargs: `attn_implementation` reaches the backbone; so does `device_map` if it is loaded by its name.
 
         Raises:
             CheckpointError: a file is missing or damaged, a tensor is missing or unknown (it is named), or the
                 backbone is not the one that the experts were trained on.
+            ConfigError: `quantization_config` is given: quantized weights are others than those trained on.
         """
+        if kwargs.get("quantization_config") is not None:
+            raise ConfigError(
+                "quantization_config: a quantized backbone gives other rewards than the one that the experts were "
+                "trained on; leave it out (dtype=torch.bfloat16 halves the memory)"
+            )
         folder = _local_folder(pretrained_model_name_or_path, revision)
         config = config if isinstance(config, DMoERMConfig) else read_config(folder)
         tensors = read_tensors(folder)

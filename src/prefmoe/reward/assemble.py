@@ -36,7 +36,7 @@ def rows_by_task(bench: Workbench, split: str, fold: Fold | None = None) -> dict
     encoded = getattr(bench, split)
     found: dict[str, list[PairRow]] = {task: [] for task in bench.tasks}
     for pair, row in zip(encoded.pairs, encoded.rows, strict=True):
-        if pair.task in found and (fold is None or pair.id in fold.held_out):
+        if pair.task in found and (fold is None or row.prompt in fold.held_out):
             found[pair.task].append(row)
     return found
 

@@ -36,12 +36,17 @@ def check_family(config: object, *, max_length: int) -> None:
     """Refuses, with one sentence, a backbone whose layers we would run wrongly.
 
     Raises:
-        ConfigError: unknown family, or attention windows shorter than the texts.
+        ConfigError: unknown family, quantized weights, or attention windows shorter than the texts.
     """
     family = getattr(config, "model_type", None)
     if family not in TESTED_FAMILIES:
         raise ConfigError(
             f"backbone of type {family!r} is not supported; supported and tested: {', '.join(TESTED_FAMILIES)}"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(
+            "the backbone is quantized, which changes its states and so every reward; give the weights it was made "
+            "from (backbone.dtype: bfloat16 halves their memory)"
         )
     window: int = getattr(config, "sliding_window", None) or 0
     uses_window = window and (family == "mistral" or getattr(config, "use_sliding_window", False))

@@ -55,16 +55,25 @@ class ExpertCheckpoint:
 
 
 def save_states(file: Path, states: Mapping[str, ExpertState], info: object) -> None:
-    """Writes named expert states and some JSON into one safetensors file; the file appears whole or not at all."""
+    """Writes named expert states and some JSON into one safetensors file; the file appears whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written, as on a full disk.
+    """
     flat: dict[str, Tensor] = {
         f"{name}|{key}": tensor.contiguous().cpu()
         for name, state in states.items()
         for key, tensor in state.items()
     }
     staging = file.with_name(f".{file.name}.part")
-    staging.parent.mkdir(parents=True, exist_ok=True)
-    save_file(flat, staging, metadata={"info": json.dumps(info)})
-    staging.replace(file)
+    try:
+        staging.parent.mkdir(parents=True, exist_ok=True)
+        save_file(flat, staging, metadata={"info": json.dumps(info)})
+        staging.replace(file)
+    except (OSError, SafetensorError) as problem:
+        raise CheckpointError(
+            f"{file}: could not be written ({problem}); free some disk and give the same command again"
+        ) from problem
 
 
 def load_states(file: Path) -> tuple[dict[str, ExpertState], dict]:  # type: ignore[type-arg]

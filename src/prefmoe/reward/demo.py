@@ -4,6 +4,8 @@ A tiny language model is trained on texts of the world first and then plays the 
 """
 
 import re
+import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,7 @@ from transformers import (
 from prefmoe.data.world import World, WorldCompletion
 from prefmoe.evaluation.best_of_n import BestOfNCurve, curve
 from prefmoe.evaluation.metrics import Metrics
+from prefmoe.evaluation.pictures import best_of_n_curves as best_of_n_picture
 from prefmoe.evaluation.report import build_report
 from prefmoe.evaluation.run_folder import write_run_file
 from prefmoe.reward.evaluate import evaluate_models
@@ -57,30 +60,38 @@ SHORT = DemoSize(150, 120, 40, 100, 8, 16)
 
 
 class DemoResult(NamedTuple):
-    """What the demo found and where its report lies."""
+    """What the demo found, and where its best-of-n picture and its report lie."""
 
     metrics: Metrics
+    picture: Path
     report: Path
 
 
 def run_demo(out: Path, *, size: DemoSize = FULL, seed: int = 0, progress: Progress = silent) -> DemoResult:
     """Trains and compares a single reward model, one per task, and DMoERM; writes a run folder with a report."""
     world = World(seed)
+    start = time.perf_counter()
     backbone = out / "backbone"
-    if not (backbone / "config.json").exists():
+    is_new = not backbone.exists()
+    if is_new:
         pretrain_backbone(backbone, world, steps=size.pretraining_steps, seed=seed, progress=progress)
+    pretraining = time.perf_counter() - start
     pairs = {
         "train": world.sample_pairs(size.train_pairs, split="train", label_noise=True),
         "validation": world.sample_pairs(size.validation_pairs, split="validation", label_noise=True),
         "test": world.sample_pairs(size.test_pairs, split="test", label_noise=False),
     }
     bench = build_workbench(demo_settings(out, seed=seed), pairs=pairs, progress=progress)
+    if is_new:
+        bench.run.add_seconds("backbone", pretraining)
     models = train_models(bench)
     completions = world.sample_completions(size.best_of_n_prompts, size.best_of_n, split="test")
     with bench.run.clock("best_of_n"):
         curves = best_of_n_curves(bench, models, completions, size.best_of_n)
     write_run_file(out / "best_of_n.json", curves)
-    return DemoResult(evaluate_models(bench, models), build_report(out))
+    picture = out / "best_of_n.png"
+    picture.write_bytes(best_of_n_picture(curves).png)
+    return DemoResult(evaluate_models(bench, models), picture, build_report(out))
 
 
 def demo_settings(out: Path, *, seed: int) -> RewardSettings:
@@ -119,7 +130,12 @@ def best_of_n_curves(
 def pretrain_backbone(
     folder: Path, world: World, *, steps: int, seed: int, progress: Progress = silent
 ) -> None:
-    """A tiny Llama (4 layers, width 128), trained on texts of the world, with a word tokenizer, saved to a folder."""
+    """A tiny Llama (4 layers, width 128), trained on texts of the world, with a word tokenizer.
+
+    The folder appears when all of it is there, so a demo that was killed before begins here again.
+    """
+    staging = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)
     batch = 32
     texts = list(world.corpus(min(12000, steps * batch)))
     tokenizer = word_tokenizer(texts)
@@ -146,7 +162,7 @@ def pretrain_backbone(
         return {**encoded, "labels": labels}
 
     arguments = TrainingArguments(
-        output_dir=str(folder / "training"),
+        output_dir=str(staging),
         max_steps=steps,
         per_device_train_batch_size=batch,
         learning_rate=3e-3,
@@ -173,8 +189,9 @@ def pretrain_backbone(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    tokenizer.save_pretrained(folder)
-    model.model.cpu().save_pretrained(folder)
+    tokenizer.save_pretrained(staging)
+    model.model.cpu().save_pretrained(staging)
+    staging.replace(folder)
 
 
 def _as_turns(text: str) -> str:

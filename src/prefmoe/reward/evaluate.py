@@ -13,10 +13,10 @@ from torch import Tensor
 from prefmoe.errors import PrefmoeWarning
 from prefmoe.evaluation.metrics import Metrics, build_metrics, write_metrics
 from prefmoe.evaluation.run_folder import ExpertCorrelation, RouterConfusion, scored_pair, write_run_file
-from prefmoe.records import PreferencePair, RewardReport
+from prefmoe.records import PreferencePair
 from prefmoe.reward.model import DMoERMForSequenceClassification
 from prefmoe.reward.progress import Progress, silent
-from prefmoe.reward.score import RewardModel, Scores, score_texts
+from prefmoe.reward.score import RewardModel, Scores, report_of, score_texts
 from prefmoe.reward.settings import Method
 from prefmoe.reward.splits import ONE_TASK, with_task
 from prefmoe.reward.texts import EncodedPairs, TextTable, encode_pairs
@@ -134,6 +134,7 @@ def evaluate_saved(
     model, table = reward_model.model, TextTable()
     encoded = encode_pairs(with_task(pairs, "test"), reward_model.renderer, table, allow_equal=True)
     warn_of_unknown_tasks(encoded.pairs, model.config.task_names)
+    warn_of_truncation(encoded, reward_model.renderer.max_length)
     trunk = Trunk(model.backbone, model.config.split_layer, table, batch_tokens=reward_model.batch_tokens)
     scores = score_pairs(model, trunk, encoded, progress=progress)
     confusion = router_confusion(model, encoded, scores[0])
@@ -163,6 +164,17 @@ def warn_of_unknown_tasks(pairs: Sequence[PreferencePair], known: Sequence[str])
         warnings.warn(
             f"no training pair has the task {found}; scored by the experts that the router chose among "
             f"{', '.join(known)}",
+            PrefmoeWarning,
+            stacklevel=2,
+        )
+
+
+def warn_of_truncation(encoded: EncodedPairs, max_length: int) -> None:
+    """A warning that counts the pairs that lost tokens, and those whose sides became equal by that."""
+    if encoded.num_truncated:
+        ties = f"; the sides of {encoded.num_equal} became equal and count as ties" if encoded.num_equal else ""
+        warnings.warn(
+            f"{encoded.num_truncated} of {len(encoded.pairs)} pairs lost tokens to fit the model's {max_length}{ties}",
             PrefmoeWarning,
             stacklevel=2,
         )
@@ -214,22 +226,6 @@ def example_pairs(
         task = str(pair.task)
         if taken.get(task, 0) < _EXAMPLES_PER_TASK:
             taken[task] = taken.get(task, 0) + 1
-            sides = (report_of(model, pair, side, index) for side in (chosen, rejected))
+            sides = (report_of(model, side, index, name=pair.id) for side in (chosen, rejected))
             examples.append(scored_pair(pair, *sides))
     return examples
-
-
-def report_of(
-    model: DMoERMForSequenceClassification, pair: PreferencePair, scores: Scores, index: int
-) -> RewardReport:
-    """The record of one scored text."""
-    names = model.config.task_names
-    task = names[int(scores.task_ids[index])]
-    columns = zip(model.capability_names, scores.capabilities[index].tolist(), strict=True)
-    return RewardReport(
-        id=pair.id,
-        reward=scores.rewards[index].item(),
-        task=task,
-        task_probs=dict(zip(names, scores.task_probs[index].tolist(), strict=True)),
-        capabilities={name: value for (owner, name), value in columns if owner == task},
-    )

@@ -10,6 +10,7 @@ One engine (`train_experts`) trains any number of experts at once; a phase says 
 A fold is a part of the pairs that is kept from phases 1 and 2, for the aggregators.
 """
 
+import contextlib
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from prefmoe.data.split import folds_by_prompt, split_by_prompt
+from prefmoe.data.split import folds_by_prompt, prompt_hash, split_by_prompt
 from prefmoe.records import PreferencePair
 from prefmoe.reward.checkpoints import load_states, save_states
 from prefmoe.reward.experts import Experts
@@ -29,17 +30,21 @@ from prefmoe.reward.texts import EncodedPairs, PairRow
 from prefmoe.reward.training import train_experts
 from prefmoe.reward.workbench import Workbench
 
-Chooser = Callable[[PreferencePair], bool]
+Chooser = Callable[[PreferencePair, PairRow], bool]
 ALL = ""  # the fold that keeps nothing back
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Which training pairs phases 1 and 2 see, and which are kept for phase 3."""
+    """Which prompts phases 1 and 2 see, and which are kept for phase 3.
+
+    By the hash of the prompt and not by the id of the pair: nobody promises that ids are unique, and one that stands
+    twice would be on both sides.
+    """
 
     name: str
-    trained: frozenset[str]  # ids of pairs
-    held_out: frozenset[str]
+    trained: frozenset[int]
+    held_out: frozenset[int]
 
 
 def make_folds(bench: Workbench) -> list[Fold]:
@@ -48,24 +53,27 @@ def make_folds(bench: Workbench) -> list[Fold]:
     if settings.split == "paper":
         fractions = {"experts": settings.expert_fraction, "aggregator": 1 - settings.expert_fraction}
         parts = split_by_prompt(pairs, fractions, seed=bench.settings.seed)
-        return [Fold("paper", _ids(parts["experts"]), _ids(parts["aggregator"]))]
+        return [Fold("paper", prompts_of(parts["experts"]), prompts_of(parts["aggregator"]))]
     fold_of = folds_by_prompt(pairs, 2, seed=bench.settings.seed)
-    parts_by_fold = [[p for p, f in zip(pairs, fold_of, strict=True) if f == fold] for fold in (0, 1)]
-    return [Fold(f"half{f}", _ids(parts_by_fold[1 - f]), _ids(parts_by_fold[f])) for f in (0, 1)]
+    halves = [prompts_of([p for p, f in zip(pairs, fold_of, strict=True) if f == fold]) for fold in (0, 1)]
+    return [Fold(f"half{f}", halves[1 - f], halves[f]) for f in (0, 1)]
 
 
-def _ids(pairs: Sequence[PreferencePair]) -> frozenset[str]:
-    return frozenset(pair.id for pair in pairs)
+def prompts_of(pairs: Sequence[PreferencePair]) -> frozenset[int]:
+    """Hashes of the prompts of pairs, as `PairRow.prompt` has them."""
+    return frozenset(prompt_hash(pair.prompt) for pair in pairs)
 
 
 def pairs_of(task: str | None = None, fold: Fold | None = None) -> Chooser:
     """Chooses the pairs of a task (None: of all); of a fold, those that its experts train on."""
-    return lambda pair: (task is None or pair.task == task) and (fold is None or pair.id in fold.trained)
+    return lambda pair, row: (
+        (task is None or pair.task == task) and (fold is None or row.prompt in fold.trained)
+    )
 
 
 def select_rows(encoded: EncodedPairs, wanted: Chooser) -> list[PairRow]:
     """Rows of the pairs that are wanted."""
-    return [row for pair, row in zip(encoded.pairs, encoded.rows, strict=True) if wanted(pair)]
+    return [row for pair, row in zip(encoded.pairs, encoded.rows, strict=True) if wanted(pair, row)]
 
 
 def capability_rows(encoded: EncodedPairs, task: str, name: str, wanted: Chooser) -> list[PairRow]:
@@ -73,7 +81,7 @@ def capability_rows(encoded: EncodedPairs, task: str, name: str, wanted: Chooser
     return [
         row._replace(label=1.0 if pair.capabilities[name] > 0 else 0.0, target_margin=0.0)
         for pair, row in zip(encoded.pairs, encoded.rows, strict=True)
-        if pair.task == task and pair.capabilities.get(name, 0) != 0 and wanted(pair)
+        if pair.task == task and pair.capabilities.get(name, 0) != 0 and wanted(pair, row)
     ]
 
 
@@ -85,8 +93,16 @@ def draw(rows: Sequence[PairRow], limit: int | None, seed: int) -> list[PairRow]
 
 
 def expert_name(task: str, capability: str = "", fold: str = ALL) -> str:
-    """Name of an expert in step files and logs."""
+    """Name of an expert in step files and logs.
+
+    The signs that part the name are escaped in what users named, so that two experts never have one name.
+    """
+    task, capability = (_escaped(name) for name in (task, capability))
     return task + (f"/{capability}" if capability else "") + (f"@{fold}" if fold else "")
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"%{ord(sign):02X}" if sign in "%/@|" else sign for sign in name)
 
 
 def train_stage(
@@ -140,8 +156,17 @@ def train_stage(
     folder = bench.run.folder / "checkpoints" / name
     trained = bench.run.step(f"{name}.safetensors", compute, save, load, together=True)
     if bench.run.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_checkpoints(folder)
     return trained
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """All that is there but what `report_to` wrote."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    for empty in (folder, folder.parent):
+        with contextlib.suppress(OSError):  # not there, or not empty
+            empty.rmdir()
 
 
 def _new_experts(bench: Workbench, jobs: Sequence[ExpertJob], *, rank: int | None, full: bool) -> Experts:

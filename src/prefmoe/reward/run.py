@@ -1,11 +1,11 @@
 """A run folder: steps whose results are files, so that the same command goes on where it stopped."""
 
+import contextlib
 import json
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from prefmoe.errors import ConfigError
+from prefmoe.errors import CheckpointError, ConfigError, DataError
 from prefmoe.evaluation.files import write_text
 from prefmoe.reward.settings import RewardSettings
 
@@ -78,31 +79,60 @@ class Run:
             load: Reads it back. What is returned was always read back, so a resumed run sees the same.
             together: All processes compute (a distributed training); otherwise only the main one does.
             alone: Only the main process comes here at all, so nobody waits for the others.
+
+        Raises:
+            CheckpointError: the result cannot be written, as on a full disk, or not be read back.
         """
         file = self.folder / "steps" / name
         if not file.exists() and (together or self.is_main):
             with self.clock(name.split(".")[0]):
                 result = compute()
             if self.is_main:
-                file.parent.mkdir(exist_ok=True)
-                staging = file.with_name(f".{file.name}.part")
-                save(staging, result)
-                staging.replace(file)
+                _write_whole(file, result, save)
         if not alone:
             self.wait()
-        return load(file)
+        try:
+            return load(file)
+        except (OSError, SafetensorError, KeyError, ValueError) as problem:
+            raise CheckpointError(
+                f"{file}: damaged or cut short ({problem}); delete it to compute it again"
+            ) from problem
 
-    @contextmanager
+    def check_inputs(self, inputs: dict[str, str]) -> None:
+        """Refuses to go on with other inputs than those that the results in the folder were made from.
+
+        Args:
+            inputs: A hash of each.
+
+        Raises:
+            DataError: an input has changed since the run began; all that have are named.
+        """
+        file = self.folder / "inputs.json"
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else inputs
+        changed = [name for name, found in inputs.items() if before.get(name) != found]
+        if changed:
+            raise DataError(
+                f"{' and '.join(changed)} changed since this run began; choose another --out or delete the folder",
+                self.folder,
+            )
+        if self.is_main:
+            write_text(file, json.dumps(inputs, indent=1))
+
+    @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
         """Adds the seconds of a block to seconds.json; a sitting that was killed inside it is not counted."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            if self.is_main:
-                seconds = self.seconds()
-                seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 2)
-                write_text(self.folder / "seconds.json", json.dumps(seconds, indent=1))
+            self.add_seconds(name, time.perf_counter() - start)
+
+    def add_seconds(self, name: str, duration: float) -> None:
+        """Adds what a step took, seconds, to seconds.json."""
+        if self.is_main:
+            seconds = self.seconds()
+            seconds[name] = round(seconds.get(name, 0.0) + duration, 2)
+            write_text(self.folder / "seconds.json", json.dumps(seconds, indent=1))
 
     def seconds(self) -> dict[str, float]:
         """Seconds of every step so far."""
@@ -138,6 +168,20 @@ class LogCallback(TrainerCallback):
         self.advance(1)
 
 
+def _write_whole(file: Path, result: T, save: Callable[[Path, T], None]) -> None:
+    staging = file.with_name(f".{file.name}.part")
+    try:
+        file.parent.mkdir(exist_ok=True)
+        save(staging, result)
+        staging.replace(file)
+    except (OSError, SafetensorError) as problem:
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{file}: could not be written ({problem}); free some disk and give the same command again"
+        ) from problem
+
+
 def _cut_after_last_line(file: Path) -> None:
     """Drops what a killed run left of a line, so that the next one does not continue it."""
     if file.exists():
@@ -156,4 +200,6 @@ def _make_folder(folder: Path) -> None:
 
 def _same_work(old: str, new: str) -> bool:
     before, after = yaml.safe_load(old), yaml.safe_load(new)
+    if not isinstance(before, dict):
+        return False
     return {k: v for k, v in before.items() if k != "out"} == {k: v for k, v in after.items() if k != "out"}

@@ -72,6 +72,28 @@ def score_texts(
     return scores
 
 
+def report_of(
+    model: DMoERMForSequenceClassification,
+    scores: Scores,
+    index: int,
+    *,
+    name: str,
+    truncated_tokens: int = 0,
+) -> RewardReport:
+    """The record of one scored text, row `index` of `scores`."""
+    names = model.config.task_names
+    task = names[int(scores.task_ids[index])]
+    columns = zip(model.capability_names, scores.capabilities[index].tolist(), strict=True)
+    return RewardReport(
+        id=name,
+        reward=scores.rewards[index].item(),
+        task=task,
+        task_probs=dict(zip(names, scores.task_probs[index].tolist(), strict=True)),
+        capabilities={capability: score for (owner, capability), score in columns if owner == task},
+        truncated_tokens=truncated_tokens,
+    )
+
+
 class RewardModel:
     """A saved reward model with its tokenizer: texts in, reports out.
 
@@ -108,7 +130,7 @@ class RewardModel:
         try:
             tokenizer = tokenizer_of(Path(folder))
         except (OSError, ValueError) as problem:
-            raise CheckpointError(f"{folder}: holds no tokenizer; copy it from the training run") from problem
+            raise CheckpointError(f"{folder}: holds no tokenizer that can be read; copy it from the training run") from problem
         config = model.config
         renderer = Renderer(tokenizer, max_length=config.max_tokens, chat_template=config.chat_template)
         return cls(model, renderer, batch_tokens=batch_tokens)
@@ -148,7 +170,7 @@ class RewardModel:
         task_ids = self._given_tasks(completions) if routing == "given" else None
         scores = score_texts(self.model, trunk, texts, routing=routing, task_ids=task_ids, progress=progress)
         return [
-            self._report(row, scores, index, text.truncated_tokens)
+            report_of(self.model, scores, index, name=row.id, truncated_tokens=text.truncated_tokens)
             for index, (row, text) in enumerate(zip(completions, encoded, strict=True))
         ]
 
@@ -158,16 +180,3 @@ class RewardModel:
         if unknown:
             raise DataError(f"tasks {unknown} are not among those of the model, {names}; use top1 routing")
         return [names.index(str(row.task)) for row in completions]
-
-    def _report(self, row: Completion, scores: Scores, index: int, truncated: int) -> RewardReport:
-        names = self.model.config.task_names
-        task = names[int(scores.task_ids[index])]
-        columns = zip(self.model.capability_names, scores.capabilities[index].tolist(), strict=True)
-        return RewardReport(
-            id=row.id,
-            reward=scores.rewards[index].item(),
-            task=task,
-            task_probs=dict(zip(names, scores.task_probs[index].tolist(), strict=True)),
-            capabilities={name: score for (owner, name), score in columns if owner == task},
-            truncated_tokens=truncated,
-        )

@@ -6,11 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from prefmoe.data.read import read_completions
 from prefmoe.errors import ConfigError, PrefmoeError
 from prefmoe.evaluation.files import write_text
+from prefmoe.nn import RoutingMode
 from prefmoe.records import Completion, RewardReport
 from prefmoe.reward.progress import Progress, silent
 from prefmoe.reward.score import RewardModel
@@ -38,7 +39,7 @@ def score_file(
     source: str | Path,
     out: Path,
     *,
-    routing: Literal["top1", "soft"] = "top1",
+    routing: RoutingMode = "top1",
     progress: Progress = silent,
 ) -> ScoreSummary:
     """Scores completions in order, one JSON line each; every batch is on disk before the next one begins.
@@ -50,7 +51,7 @@ def score_file(
         model: Folder of a saved model, or a hub id.
         source: As for `read_completions`.
         out: JSON Lines: id, reward, task, task_probs, capabilities, and truncated_tokens if there are any.
-        routing: As in the model's `forward`.
+        routing: As in `RewardModel.score`.
         progress: Shows how far it is.
 
     Raises:

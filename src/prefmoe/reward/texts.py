@@ -55,7 +55,7 @@ class EncodedPairs:
         pairs: The pairs that could be used.
         rows: One row a pair.
         num_truncated: Pairs that lost tokens of their prompt or completion.
-        num_equal: Pairs left out because both sides became equal (only where `allow_equal`).
+        num_equal: Pairs whose sides became equal; they count as ties (only where `allow_equal`).
     """
 
     pairs: list[PreferencePair]

@@ -19,6 +19,7 @@ from prefmoe.reward.phases import (
     Fold,
     expert_name,
     make_folds,
+    prompts_of,
     train_capability_experts,
     train_shared,
     train_task_adapters,
@@ -71,7 +72,7 @@ def train_models(bench: Workbench) -> Models:
 def _train_phases(bench: Workbench, folds: list[Fold], *, crossfit: bool) -> dict[str, TrainedExpert]:
     """Task adapters, the single model, and capability experts, as far as the methods need them."""
     methods = bench.settings.methods
-    everything = Fold(ALL, frozenset(pair.id for pair in bench.train.pairs), frozenset())
+    everything = Fold(ALL, prompts_of(bench.train.pairs), frozenset())
     on_everything = (crossfit and folds) or "single" in methods or "per_task" in methods
     adapter_folds = [*folds, everything] if on_everything else folds
     trained: dict[str, TrainedExpert] = {}

@@ -112,6 +112,16 @@ def train_experts(
     return {job.name: TrainedExpert(b.state, b.accuracy) for job, b in zip(jobs, best, strict=True)}
 
 
+def work_on_one_device(arguments: TrainingArguments) -> None:
+    """Keeps the Trainer from spreading one process over all GPUs that it sees (`nn.DataParallel`).
+
+    Its threads would share the one note of which expert works on which row. Several GPUs take several processes:
+    `accelerate launch`.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+
+
 def _build_trainer(
     backbone: PreTrainedModel,
     experts: Experts,
@@ -152,6 +162,7 @@ def _build_trainer(
         label_names=["label"],
         use_cpu=backbone.device.type == "cpu",
     )
+    work_on_one_device(arguments)
     parts = arguments.world_size * settings.accumulation
     if settings.batch_pairs % parts:
         raise ConfigError(

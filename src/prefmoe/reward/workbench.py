@@ -1,5 +1,7 @@
 """What all phases of a training work on: labelled pairs, their texts, the frozen backbone, the run folder."""
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from prefmoe.data.render import Renderer
 from prefmoe.data.split import prompt_hash
 from prefmoe.errors import ConfigError
 from prefmoe.records import PreferencePair
-from prefmoe.reward.backbone import load_backbone, resolve_backbone
+from prefmoe.reward.backbone import load_backbone, resolve_backbone, weights_hash
 from prefmoe.reward.experts import Experts
 from prefmoe.reward.progress import Progress, silent
 from prefmoe.reward.run import Run, process_state
@@ -113,9 +115,15 @@ def build_workbench(
         name: encode_pairs(rows, renderer, table, allow_equal=name == "test") for name, rows in splits.items()
     }
     prompts = encode_prompts(undrawn, settings, renderer, table)
+    run.check_inputs(
+        {f"the {name} pairs": _hash_of_pairs(rows, table) for name, rows in encoded.items()}
+        | {"the prompts of the router": _hash_of([f"{table.key(text)} {task}" for text, task in prompts])}
+        | {"the backbone": weights_hash(backbone)}
+    )
     trunk = _prepared_trunk(backbone, table, run, progress)
     for name, rows in encoded.items():
-        run.log("data", {"split": name, "pairs": len(rows.rows), "truncated": rows.num_truncated})
+        counts = {"pairs": len(rows.rows), "truncated": rows.num_truncated, "equal": rows.num_equal}
+        run.log("data", {"split": name, **counts})
     return Workbench(
         settings=settings,
         run=run,
@@ -176,6 +184,22 @@ def _prepared_trunk(backbone: PreTrainedModel, table: TextTable, run: Run, progr
     run.wait()
     trunk.reload()
     return trunk
+
+
+def _hash_of_pairs(encoded: EncodedPairs, table: TextTable) -> str:
+    """Of everything that a training or a test sees of pairs, in their order."""
+    return _hash_of(
+        f"{pair.task} {sorted(pair.capabilities.items())} {table.key(row.chosen)} {table.key(row.rejected)} "
+        f"{table.texts[row.chosen].prompt_length} {table.texts[row.rejected].prompt_length} {row[2:]}"
+        for pair, row in zip(encoded.pairs, encoded.rows, strict=True)
+    )
+
+
+def _hash_of(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _tokenizer_of_backbone(name: str) -> PreTrainedTokenizerBase:

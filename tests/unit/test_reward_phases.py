@@ -1,0 +1,62 @@
+"""Which pairs and names a phase works with."""
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+from transformers import TrainingArguments
+
+from prefmoe.reward import phases
+from prefmoe.reward.assemble import rows_by_task
+from prefmoe.reward.phases import expert_name, make_folds, pairs_of, select_rows
+from prefmoe.reward.training import work_on_one_device
+from tiny_run import planted_splits, tiny_bench, tiny_settings
+
+
+@pytest.mark.parametrize("split", ["paper", "crossfit"])
+def test_ids_that_stand_twice_put_no_prompt_on_both_sides(tmp_path: Path, split: str) -> None:
+    """Ids often start anew in every file that a training file was put together from."""
+    splits = planted_splits()
+    splits["train"] = [replace(pair, id=str(i % 3)) for i, pair in enumerate(splits["train"])]
+    bench = tiny_bench(tiny_settings(tmp_path, phase3={"split": split}), splits)
+    for fold in make_folds(bench):
+        seen = {row.prompt for row in select_rows(bench.train, pairs_of(fold=fold))}
+        kept = {row.prompt for rows in rows_by_task(bench, "train", fold).values() for row in rows}
+        assert seen
+        assert kept
+        assert not seen & kept
+        assert len(seen) + len(kept) == len({row.prompt for row in bench.train.rows})
+
+
+def test_no_two_experts_have_one_name() -> None:
+    parts = ["", "a", "b", "a/b", "a@b", "a|b", "a%2Fb", "%"]
+    names = [expert_name(*some) for some in product(parts[1:], parts, ["", "half0"])]
+    assert len(set(names)) == len(names)
+    assert not any("|" in name for name in names)  # save_states parts names from tensors by it
+    assert expert_name("facts", "on topic", "half1") == "facts/on topic@half1"
+
+
+def test_what_report_to_wrote_outlives_the_checkpoints(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "phase1"
+    for name in ("checkpoint-8/model.pt", "checkpoint-16/model.pt", "runs/today/events.1"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("")
+    phases._remove_checkpoints(folder)
+    assert [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()] == ["runs/today/events.1"]
+
+
+@pytest.mark.parametrize("names", [[], ["checkpoint-8"]])
+def test_without_it_nothing_is_left(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / "checkpoints" / "phase1" / name).mkdir(parents=True)
+    phases._remove_checkpoints(tmp_path / "checkpoints" / "phase1")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("seen", "used"), [(0, 0), (1, 1), (8, 1)])
+def test_one_process_works_on_one_gpu(tmp_path: Path, seen: int, used: int) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    arguments._n_gpu = seen
+    work_on_one_device(arguments)
+    assert arguments.n_gpu == used
