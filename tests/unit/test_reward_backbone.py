@@ -210,5 +210,7 @@ def test_the_gguf_file_is_converted_once_and_again_only_if_that_was_interrupted(
 
 def test_a_quantized_backbone_is_refused():
     config = SimpleNamespace(model_type="llama", quantization_config={"quant_method": "fp8"})
-    with pytest.raises(ConfigError, match="the backbone is quantized, which changes .*; give the weights it was made"):
+    with pytest.raises(
+        ConfigError, match="the backbone is quantized, which changes .*; give the weights it was made"
+    ):
         check_family(config, max_length=8)

@@ -22,7 +22,7 @@ class _LateBars(Progress):
 
 
 class StepProgress:
-    """Implements `prefmoe.reward.progress.Progress` for people.
+    """Implements `prefmoe.runs.progress.Progress` for people.
 
     On a terminal every running step has a bar. Where a step is done, terminal or not, one line with its
     duration stays. Steps shorter than `patience` leave no trace; of a distributed run only the first process

@@ -138,7 +138,8 @@ class LoraBank(nn.Module):
         Returns:
             What to add to the linear layer's output, in the dtype of `low`.
         """
-        weighted = low.unflatten(-1, (self.num_experts, self.rank)) * (weights * self.scale).to(low.dtype)[..., None]
+        by_expert = low.reshape(*low.shape[:-1], self.num_experts, self.rank)
+        weighted = by_expert * (weights * self.scale).to(low.dtype)[..., None]
         if low.numel() // low.shape[-1] < self.rank:
             # A few tokens, as when text is generated: cheaper than copying B into one matrix.
             return torch.einsum("...er,eor->...o", weighted, self.B.to(low.dtype))

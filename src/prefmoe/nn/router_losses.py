@@ -127,13 +127,15 @@ def within_group_balance(
     """
     experts = at_least_float32(logits)[..., : groups.num_experts] / temperature
     losses = []
-    for part in experts.split(groups.sizes, dim=-1):
+    for part in torch.split(experts, list(groups.sizes), dim=-1):
         share = _mean_over_tokens(part.softmax(dim=-1), mask)
         losses.append(part.shape[-1] * share.square().sum() - 1)
     return torch.stack(losses).mean().where(mask.sum() > 0, 0.0)
 
 
-def switch_balance_loss(weights: TokenWeights, mask: TokenMask, groups: ExpertGroups, *, top_k: int) -> Scalar:
+def switch_balance_loss(
+    weights: TokenWeights, mask: TokenMask, groups: ExpertGroups, *, top_k: int
+) -> Scalar:
     r"""The Switch Transformer's load balance: $N \sum_i f_i P_i$, 1 where all experts carry the same.
 
     $f_i$ is the share of tokens whose `top_k` experts hold i, over `top_k`; $P_i$ the mean weight of i among the
@@ -163,12 +165,13 @@ def empty_mass_penalty(weights: TokenWeights, mask: TokenMask, *, target: float)
 
 def routing_entropy(weights: TokenWeights) -> TokenMask:
     """Entropy of every token's weights, nats: 0 where one choice has all, log(choices) where all are alike."""
-    return torch.special.entr(weights).sum(dim=-1)
+    entropy: Tensor = torch.special.entr(weights).sum(dim=-1)
+    return entropy
 
 
-def mean_by_text(values: Float[Tensor, "batch seq *rest"], mask: TokenMask) -> Float[Tensor, "batch *rest"]:
+def mean_by_text(values: Float[Tensor, "batch seq values"], mask: TokenMask) -> Float[Tensor, "batch values"]:
     """Mean of every text over its tokens that count; 0 where none does."""
-    weight = mask.reshape(*mask.shape, *[1] * (values.ndim - 2))
+    weight = mask[..., None]
     return (values * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)
 
 
@@ -178,4 +181,3 @@ def _token_mean(values: Float[Tensor, "batch seq"], weight: TokenMask) -> Scalar
 
 def _mean_over_tokens(values: Float[Tensor, "batch seq rest"], mask: TokenMask) -> Float[Tensor, " rest"]:
     return (values * mask[..., None]).sum(dim=(0, 1)) / mask.sum().clamp_min(1)
-

@@ -45,7 +45,9 @@ class ExpertGroups:
 
     def __post_init__(self) -> None:
         if not self.names or len(self.names) != len(self.sizes):
-            raise ConfigError(f"groups: expected a number of experts for each name; got {self.names}, {self.sizes}.")
+            raise ConfigError(
+                f"groups: expected a number of experts for each name; got {self.names}, {self.sizes}."
+            )
         for name, size in zip(self.names, self.sizes, strict=True):
             if size < 1:
                 raise ConfigError(f"groups: {name!r} has {size} experts; every group needs 1 or more.")
@@ -105,7 +107,9 @@ class TokenRouter(nn.Module):
         return float32_linear(x, self.weight)
 
 
-def float32_linear(x: Float[Tensor, "*tokens in"], weight: Float[Tensor, "out in"]) -> Float[Tensor, "*tokens out"]:
+def float32_linear(
+    x: Float[Tensor, "*tokens in"], weight: Float[Tensor, "out in"]
+) -> Float[Tensor, "*tokens out"]:
     """`F.linear` in float32 or wider, also under autocast, keeping `x` for the backward pass as it came.
 
     Plain `F.linear(x.float(), weight)` would keep a float32 copy of `x`, twice a bfloat16 activation, at every
@@ -115,7 +119,7 @@ def float32_linear(x: Float[Tensor, "*tokens in"], weight: Float[Tensor, "out in
         >>> float32_linear(torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(1, 3)).dtype
         torch.float32
     """
-    out: Tensor = _Float32Linear.apply(x, weight)
+    out: Tensor = _Float32Linear.apply(x, weight)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -182,7 +186,7 @@ class RecurrentRouter(nn.Module):
         hidden = torch.zeros_like(flat) if below is None else below.flatten(0, -2)
         with torch.autocast(x.device.type, enabled=False):
             state = torch.gru_cell(flat, hidden, cell.weight_ih.to(flat.dtype), cell.weight_hh.to(flat.dtype))
-        state = state.unflatten(0, seen.shape[:-1])
+        state = state.view(seen.shape)
         return float32_linear(state, self.weight), state
 
 
@@ -233,7 +237,9 @@ def route_tokens(
     return torch.cat([experts, 1 - experts.sum(dim=-1, keepdim=True)], dim=-1)
 
 
-def group_log_masses(logits: RouterLogits, groups: ExpertGroups, *, temperature: float = 1.0) -> GroupLogMasses:
+def group_log_masses(
+    logits: RouterLogits, groups: ExpertGroups, *, temperature: float = 1.0
+) -> GroupLogMasses:
     r"""Log of the share of every group in what is not on the empty expert.
 
     $\log c_g = \log \mathrm{softmax}_g(\mathrm{logsumexp}_{i \in g} z_i / T)$: it never divides by the mass that the
@@ -253,7 +259,7 @@ def group_log_masses(logits: RouterLogits, groups: ExpertGroups, *, temperature:
         [0.75, 0.25]
     """
     experts = at_least_float32(logits)[..., : groups.num_experts] / temperature
-    parts = [part.logsumexp(dim=-1) for part in experts.split(groups.sizes, dim=-1)]
+    parts = [part.logsumexp(dim=-1) for part in torch.split(experts, list(groups.sizes), dim=-1)]
     return torch.stack(parts, dim=-1).log_softmax(dim=-1)
 
 
@@ -277,7 +283,9 @@ def steering_factors(
     known = [*groups.names, *([empty] if groups.has_empty else [])]
     for name, factor in factors.items():
         if name not in known:
-            raise ConfigError(f"preference weights: there is no group {name!r}; choose from {', '.join(known)}.")
+            raise ConfigError(
+                f"preference weights: there is no group {name!r}; choose from {', '.join(known)}."
+            )
         if not 0 <= factor < float("inf"):
             raise ConfigError(f"preference weights: {name!r} got {factor}; expected a number of 0 or more.")
     by_choice = [factors.get(groups.names[owner], 1.0) for owner in groups.owners]

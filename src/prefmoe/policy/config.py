@@ -109,7 +109,7 @@ class PMoLConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.PMOL  # type: ignore[attr-defined]
+        self.peft_type = PeftType.PMOL
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list | tuple) else value)
@@ -133,17 +133,23 @@ class PMoLConfig(PeftConfig):
 
 def _wrong_groups(config: PMoLConfig) -> list[str]:
     if not config.groups:
-        return ["PMoLConfig: no groups; give the number of experts by preference, such as {'helpful': 2, 'harmless': 2}"]
+        return [
+            "PMoLConfig: no groups; give the number of experts by preference, such as {'helpful': 2, 'harmless': 2}"
+        ]
     problems = [
         f"PMoLConfig: group {name!r} has {size!r} experts; every group needs 1 or more"
         for name, size in config.groups.items()
         if not isinstance(size, int) or size < 1
     ]
     if EMPTY in config.groups:
-        problems.append(f"PMoLConfig: {EMPTY!r} is the name of the empty expert; call the group something else")
+        problems.append(
+            f"PMoLConfig: {EMPTY!r} is the name of the empty expert; call the group something else"
+        )
     total = sum(size for size in config.groups.values() if isinstance(size, int))
     if config.top_k is not None and not problems and not 1 <= config.top_k <= total:
-        problems.append(f"PMoLConfig: top_k={config.top_k}, but there are {total} experts; choose 1 to {total}")
+        problems.append(
+            f"PMoLConfig: top_k={config.top_k}, but there are {total} experts; choose 1 to {total}"
+        )
     return problems
 
 
@@ -192,7 +198,9 @@ def _wrong_numbers(config: PMoLConfig) -> list[str]:
     if config.temperature <= 0:
         problems.append(f"PMoLConfig: temperature={config.temperature}; expected a number above 0")
     if config.empty_mass is not None and not 0 < config.empty_mass < 1:
-        problems.append(f"PMoLConfig: empty_mass={config.empty_mass}; expected a fraction above 0 and below 1")
+        problems.append(
+            f"PMoLConfig: empty_mass={config.empty_mass}; expected a fraction above 0 and below 1"
+        )
     if not config.empty_expert and (config.empty_mass is not None or config.empty_loss_weight):
         problems.append("PMoLConfig: empty_mass and empty_loss_weight need empty_expert=True")
     return problems

@@ -1,6 +1,7 @@
 """A linear layer with a bank of LoRA experts beside it."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,9 @@ class Site:
     """Where a layer stands in the routing of one adapter."""
 
     name: str
-    decision: str  # under which key its routing is decided: its own name, its block's, or "" of the whole model
+    decision: (
+        str  # under which key its routing is decided: its own name, its block's, or "" of the whole model
+    )
     below: str  # key of the decision below, for recurrent routers
     routing: AdapterRouting
 
@@ -56,6 +59,12 @@ class PMoLLayer(nn.Module, BaseTunerLayer):
         out_features: Its output width.
     """
 
+    # Of PEFT's base class, which has no types.
+    active_adapters: list[str]
+    disable_adapters: bool
+    set_adapter: Callable[..., None]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
     adapter_layer_names = ("pmol_bank", "pmol_router", "pmol_cell")
     other_param_names = ()
 
@@ -65,7 +74,9 @@ class PMoLLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = in_features, out_features
         self.pmol_bank = nn.ModuleDict()
         self.pmol_router = nn.ModuleDict()
-        self.pmol_cell = nn.ModuleDict()  # of recurrent routers: in the first layer of the model, shared by all
+        self.pmol_cell = (
+            nn.ModuleDict()
+        )  # of recurrent routers: in the first layer of the model, shared by all
         self.sites: dict[str, Site] = {}
         self.merged_adapters: list[str] = []
 
@@ -97,7 +108,9 @@ class PMoLLayer(nn.Module, BaseTunerLayer):
         if config.router == "linear":
             self.pmol_router[adapter] = TokenRouter(self.in_features, num_choices=choices)
             return
-        self.pmol_router[adapter] = RecurrentRouter(self.in_features, num_choices=choices, size=config.router_size)
+        self.pmol_router[adapter] = RecurrentRouter(
+            self.in_features, num_choices=choices, size=config.router_size
+        )
         if routing.cell is None:
             routing.cell = nn.GRUCell(config.router_size, config.router_size, bias=False)
             self.pmol_cell[adapter] = routing.cell
@@ -131,6 +144,7 @@ class PMoLLayer(nn.Module, BaseTunerLayer):
             site.routing.keep_state(site.decision, state)
             return bank.shrink(x), logits
         # In full precision the router's rows ride in the experts' product; else it needs a float32 one of its own.
+        assert isinstance(router, TokenRouter)
         is_exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
         if is_exact and x.numel() // x.shape[-1] >= bank.rank:
             return bank.shrink_beside(x, router.weight)

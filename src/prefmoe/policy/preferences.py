@@ -39,7 +39,9 @@ def preference_row(preference: Preference, groups: ExpertGroups) -> list[float]:
             if name not in groups.names:
                 meant = nearest(name, groups.names)
                 hint = f"; did you mean {meant!r}?" if meant else ""
-                raise DataError(f"preference {name!r} has no group; groups are {', '.join(groups.names)}{hint}")
+                raise DataError(
+                    f"preference {name!r} has no group; groups are {', '.join(groups.names)}{hint}"
+                )
         shares = [float(given.get(name, 0.0)) for name in groups.names]
     else:
         shares = [float(share) for share in preference]

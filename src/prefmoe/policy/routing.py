@@ -103,7 +103,10 @@ class AdapterRouting:
         return fresh
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: vars(self)[name] for name in ("config", "groups", "order_of_decisions", "cell", "log_factors")}
+        kept = {
+            name: vars(self)[name]
+            for name in ("config", "groups", "order_of_decisions", "cell", "log_factors")
+        }
         return vars(type(self)(self.config)) | kept
 
     def begin(self, batch: RoutedBatch) -> Callable[[], None]:
@@ -200,7 +203,9 @@ class AdapterRouting:
             factors = factors.repeat_interleave(copies, dim=0)
         return factors
 
-    def _with_losses(self, logits: Tensor, weights: Tensor, batch: RoutedBatch) -> tuple[Tensor, Tensor | None]:
+    def _with_losses(
+        self, logits: Tensor, weights: Tensor, batch: RoutedBatch
+    ) -> tuple[Tensor, Tensor | None]:
         config = self.config
         group_loss = self._group_loss(logits, weights, batch)
         losses = []
@@ -221,7 +226,9 @@ class AdapterRouting:
         if batch.target is None or config.group_loss == "none":
             return None
         if config.group_loss == "lbc":
-            return localized_balance_loss(weights, batch.target, batch.mask, self.groups, delta=config.lbc_delta)
+            return localized_balance_loss(
+                weights, batch.target, batch.mask, self.groups, delta=config.lbc_delta
+            )
         masses = group_log_masses(logits, self.groups, temperature=config.temperature)
         if config.group_loss == "hinge":
             return group_hinge_loss(masses, batch.target, batch.mask, threshold=config.hinge_threshold)
@@ -244,7 +251,7 @@ class AdapterRouting:
                 router,
                 mean_by_text(weights, batch.mask),
                 mean_by_text(shares, batch.mask),
-                mean_by_text(routing_entropy(weights), batch.mask),
+                mean_by_text(routing_entropy(weights)[..., None], batch.mask)[:, 0],
                 None if group_loss is None else group_loss.detach(),
             )
         )

@@ -112,7 +112,9 @@ class _PreferenceCollator:
 
     def _shares(self, row: Mapping[str, Any]) -> list[float]:
         if self.column not in row:
-            raise DataError(f"a row of the data has no {self.column!r}; packed rows lose it: set packing=False")
+            raise DataError(
+                f"a row of the data has no {self.column!r}; packed rows lose it: set packing=False"
+            )
         side = self.routing.config.group_loss_on
         if side != "both" and isinstance(row.get("label"), bool) and row["label"] != (side == "chosen"):
             return preference_row(None, self.routing.groups)  # KTO: one completion a row

@@ -4,11 +4,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
-
 from peft.utils import NoMatchingPeftModuleError, register_peft_method
 from torch import Tensor, nn
 
@@ -32,9 +31,10 @@ class PMoLModel(BaseTuner):
 
     prefix: str = "pmol_"
     tuner_layer_cls = PMoLLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     routings: dict[str, AdapterRouting]
+    active_adapters: list[str]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts an adapter's experts into the model's layers, as PEFT asks for it.
@@ -50,7 +50,7 @@ class PMoLModel(BaseTuner):
         except NoMatchingPeftModuleError as error:
             raise ConfigError(_no_match(model, wanted)) from error
 
-    def _create_and_replace(
+    def _create_and_replace(  # noqa: PLR0917  PEFT's signature
         self,
         peft_config: PMoLConfig,
         adapter_name: str,
@@ -110,7 +110,11 @@ class PMoLModel(BaseTuner):
         return [name for name in layer.active_adapters if name in self.routings]
 
     def _begin(
-        self, routing: AdapterRouting, args: Sequence[Any], kwargs: Mapping[str, Any], preferences: Tensor | None
+        self,
+        routing: AdapterRouting,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        preferences: Tensor | None,
     ) -> Callable[[], None]:
         mask = mask_of_batch(args, kwargs)
         if mask is None:
@@ -155,7 +159,9 @@ class PMoLModel(BaseTuner):
 
     @contextmanager
     def steered(
-        self, weights: Mapping[str, float] | Sequence[Mapping[str, float]] | None, adapter_name: str | None = None
+        self,
+        weights: Mapping[str, float] | Sequence[Mapping[str, float]] | None,
+        adapter_name: str | None = None,
     ) -> Iterator[None]:
         """`set_preference_weights` for the length of a block."""
         routing = self.routings[adapter_name or self.active_adapters[0]]
@@ -247,8 +253,8 @@ def _refuse_reentrant_checkpointing(model: nn.Module, config: PMoLConfig) -> Non
             continue
         if function.keywords.get("use_reentrant", True):
             raise ConfigError(
-                f"router_scope={config.router_scope!r} with router={config.router!r} hands routing from block to block, "
-                "which reentrant gradient checkpointing cuts off; set gradient_checkpointing_kwargs="
+                f"router_scope={config.router_scope!r} with router={config.router!r} hands routing from block to block,"
+                " which reentrant gradient checkpointing cuts off; set gradient_checkpointing_kwargs="
                 "{'use_reentrant': False}, or use router_scope='block' with router='linear'"
             )
 

@@ -29,11 +29,11 @@ from prefmoe.evaluation.pictures import best_of_n_curves as best_of_n_picture
 from prefmoe.evaluation.report import build_report
 from prefmoe.evaluation.run_folder import write_run_file
 from prefmoe.reward.evaluate import evaluate_models
-from prefmoe.reward.progress import Advance, Progress, silent
 from prefmoe.reward.score import score_texts
 from prefmoe.reward.settings import RewardSettings, check_settings
 from prefmoe.reward.train import Models, train_models
 from prefmoe.reward.workbench import Workbench, build_workbench
+from prefmoe.runs.progress import Advance, Progress, silent
 
 _WORDS = r"[a-z']+|[^\sa-z]"  # of lower-case text
 _SPECIAL = ["<pad>", "</s>", "<unk>", "<user>", "<assistant>"]

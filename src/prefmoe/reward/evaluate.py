@@ -15,7 +15,6 @@ from prefmoe.evaluation.metrics import Metrics, build_metrics, write_metrics
 from prefmoe.evaluation.run_folder import ExpertCorrelation, RouterConfusion, scored_pair, write_run_file
 from prefmoe.records import PreferencePair
 from prefmoe.reward.model import DMoERMForSequenceClassification
-from prefmoe.reward.progress import Progress, silent
 from prefmoe.reward.score import RewardModel, Scores, report_of, score_texts
 from prefmoe.reward.settings import Method
 from prefmoe.reward.splits import ONE_TASK, with_task
@@ -23,6 +22,7 @@ from prefmoe.reward.texts import EncodedPairs, TextTable, encode_pairs
 from prefmoe.reward.train import Models
 from prefmoe.reward.trunk import Trunk
 from prefmoe.reward.workbench import Workbench
+from prefmoe.runs.progress import Progress, silent
 
 _EXAMPLES_PER_TASK = 2
 
@@ -172,7 +172,9 @@ def warn_of_unknown_tasks(pairs: Sequence[PreferencePair], known: Sequence[str])
 def warn_of_truncation(encoded: EncodedPairs, max_length: int) -> None:
     """A warning that counts the pairs that lost tokens, and those whose sides became equal by that."""
     if encoded.num_truncated:
-        ties = f"; the sides of {encoded.num_equal} became equal and count as ties" if encoded.num_equal else ""
+        ties = (
+            f"; the sides of {encoded.num_equal} became equal and count as ties" if encoded.num_equal else ""
+        )
         warnings.warn(
             f"{encoded.num_truncated} of {len(encoded.pairs)} pairs lost tokens to fit the model's {max_length}{ties}",
             PrefmoeWarning,

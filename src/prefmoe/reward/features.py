@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 
 from prefmoe.reward.convex import fit_by_cross_validation
 from prefmoe.reward.experts import Experts
-from prefmoe.reward.progress import Progress, silent
 from prefmoe.reward.texts import PairRow, token_budget_batches
 from prefmoe.reward.trunk import Trunk
+from prefmoe.runs.progress import Progress, silent
 
 Row = tuple[int, int]  # text, expert
 

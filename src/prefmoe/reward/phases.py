@@ -24,11 +24,11 @@ from prefmoe.records import PreferencePair
 from prefmoe.reward.checkpoints import load_states, save_states
 from prefmoe.reward.experts import Experts
 from prefmoe.reward.jobs import ExpertJob, TrainedExpert, TrainingSettings
-from prefmoe.reward.run import LogCallback
 from prefmoe.reward.settings import Phase1Settings
 from prefmoe.reward.texts import EncodedPairs, PairRow
 from prefmoe.reward.training import train_experts
 from prefmoe.reward.workbench import Workbench
+from prefmoe.runs.run import LogCallback
 
 Chooser = Callable[[PreferencePair, PairRow], bool]
 ALL = ""  # the fold that keeps nothing back

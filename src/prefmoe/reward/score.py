@@ -12,10 +12,10 @@ from prefmoe.errors import CheckpointError, DataError, join_problems
 from prefmoe.nn import RoutingMode
 from prefmoe.records import Completion, RewardReport
 from prefmoe.reward.model import DMoERMForSequenceClassification
-from prefmoe.reward.progress import Progress, silent
 from prefmoe.reward.texts import TextTable, token_budget_batches
 from prefmoe.reward.trunk import Trunk
 from prefmoe.reward.workbench import tokenizer_of
+from prefmoe.runs.progress import Progress, silent
 
 
 class Scores(NamedTuple):
@@ -130,7 +130,9 @@ class RewardModel:
         try:
             tokenizer = tokenizer_of(Path(folder))
         except (OSError, ValueError) as problem:
-            raise CheckpointError(f"{folder}: holds no tokenizer that can be read; copy it from the training run") from problem
+            raise CheckpointError(
+                f"{folder}: holds no tokenizer that can be read; copy it from the training run"
+            ) from problem
         config = model.config
         renderer = Renderer(tokenizer, max_length=config.max_tokens, chat_template=config.chat_template)
         return cls(model, renderer, batch_tokens=batch_tokens)

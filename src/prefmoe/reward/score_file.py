@@ -13,8 +13,8 @@ from prefmoe.errors import ConfigError, PrefmoeError
 from prefmoe.evaluation.files import write_text
 from prefmoe.nn import RoutingMode
 from prefmoe.records import Completion, RewardReport
-from prefmoe.reward.progress import Progress, silent
 from prefmoe.reward.score import RewardModel
+from prefmoe.runs.progress import Progress, silent
 
 _ROWS_AT_ONCE = 128  # few enough that a stop costs little, enough to sort by length
 

@@ -4,22 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from prefmoe.errors import ConfigError, join_problems
 from prefmoe.nn import AggregatorKind
 from prefmoe.reward.jobs import TrainingSettings
-from prefmoe.suggest import nearest
+from prefmoe.runs.settings import Section, read_settings, validated
 
 Method = Literal["single", "single_wide", "per_task", "dmoerm"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataSettings(_Section):
+class DataSettings(Section):
     """Where pairs come from and how many are used."""
 
     train: str = Field(description="file, folder with a file a split, or `datasets` name")
@@ -38,7 +32,7 @@ class DataSettings(_Section):
     tasks_file: str | None = Field(None, description="YAML with tasks, capabilities and their rules")
 
 
-class BackboneSettings(_Section):
+class BackboneSettings(Section):
     """The frozen transformer."""
 
     name: str = Field("smollm2-135m", description="folder, known name or hub id")
@@ -50,7 +44,7 @@ class BackboneSettings(_Section):
     batch_tokens: int = Field(8192, ge=1, description="tokens of one forward pass without gradient")
 
 
-class ExpertSettings(_Section):
+class ExpertSettings(Section):
     """Where experts sit and how large they are."""
 
     split_layer: int = Field(8, ge=0, description="first layer with experts")
@@ -64,7 +58,7 @@ class ExpertSettings(_Section):
     )
 
 
-class RouterSettings(_Section):
+class RouterSettings(Section):
     """The convex fit of the task router."""
 
     max_prompts_per_task: int | None = Field(
@@ -100,7 +94,7 @@ class Phase2Settings(TrainingSettings):
     max_pairs_per_capability: int | None = Field(None, ge=1, description="labelled pairs; drawn by `seed`")
 
 
-class Phase3Settings(_Section):
+class Phase3Settings(Section):
     """Aggregators."""
 
     split: Literal["paper", "crossfit"] = Field(
@@ -126,7 +120,7 @@ class Phase3Settings(_Section):
         return ["task_head", *(kind for kind in dict.fromkeys(kinds) if kind != "task_head")]
 
 
-class RewardSettings(_Section):
+class RewardSettings(Section):
     """Everything that `prefmoe reward train` can be told."""
 
     data: DataSettings
@@ -155,63 +149,10 @@ class RewardSettings(_Section):
 def load_settings(
     path: str | Path, changes: Sequence[str] = (), *, out: str | Path | None = None
 ) -> RewardSettings:
-    """Reads a config file and applies `a.b=value` changes.
-
-    Raises:
-        ConfigError: the file cannot be read, or has unknown or wrong entries; all are named, with the nearest
-            known key.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise ConfigError(f"{path}: the config cannot be read: {problem.strerror}") from problem
-    except (yaml.YAMLError, UnicodeDecodeError) as problem:
-        raise ConfigError(f"{path}: not YAML: {str(problem).splitlines()[0]}") from problem
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: expected keys such as 'data' and 'backbone', got {type(content).__name__}"
-        )
-    for change in changes:
-        _apply(content, change)
-    if out is not None:
-        content["out"] = str(out)
-    return check_settings(content, where=str(path))
+    """Reads a config file and applies `a.b=value` changes; see `prefmoe.runs.settings.read_settings`."""
+    return read_settings(RewardSettings, path, changes, out=out)
 
 
 def check_settings(content: Mapping[str, Any], *, where: str) -> RewardSettings:
     """Settings from plain values; raises ConfigError that lists every problem."""
-    try:
-        return RewardSettings.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(join_problems([f"{where}: {_sentence(e)}" for e in error.errors()])) from error
-
-
-def _apply(content: dict[str, Any], change: str) -> None:
-    key, separator, value = change.partition("=")
-    if not separator:
-        raise ConfigError(f"--set {change!r}: expected key=value, such as phase1.epochs=2")
-    *parents, last = key.strip().split(".")
-    for parent in parents:
-        content = content.setdefault(parent, {})
-        if not isinstance(content, dict):
-            raise ConfigError(f"--set {change!r}: {parent!r} is a value, not a section")
-    try:
-        content[last] = yaml.safe_load(value)
-    except yaml.YAMLError as problem:
-        raise ConfigError(f"--set {change!r}: {value!r} is not a YAML value; quote it") from problem
-
-
-def _sentence(error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "value_error":  # a sentence of ours
-        return ": ".join([*[place][: len(place)], str(error["ctx"]["error"])])
-    if error["type"] == "missing":
-        return f"{place}: missing; add it"
-    if error["type"] != "extra_forbidden":
-        return f"{place}: {error['msg']}; got {error['input']!r}"
-    section: type[BaseModel] = RewardSettings
-    for part in error["loc"][:-1]:
-        section = section.model_fields[part].annotation  # type: ignore[assignment]
-    known = list(section.model_fields)
-    guess = nearest(str(error["loc"][-1]), known)
-    return f"{place}: unknown key; " + (f"did you mean {guess!r}?" if guess else f"known: {', '.join(known)}")
+    return validated(RewardSettings, content, where=where)

@@ -14,8 +14,8 @@ from prefmoe.reward.checkpoints import ExpertCheckpoint
 from prefmoe.reward.experts import Experts
 from prefmoe.reward.features import pooled_states
 from prefmoe.reward.jobs import ExpertJob
-from prefmoe.reward.progress import Progress
 from prefmoe.reward.trunk import Trunk
+from prefmoe.runs.progress import Progress
 
 
 class PairModule(nn.Module):

@@ -14,9 +14,9 @@ from prefmoe.reward.checkpoints import newest_complete
 from prefmoe.reward.experts import Experts
 from prefmoe.reward.features import fit_head, pooled_states
 from prefmoe.reward.jobs import ExpertJob, TrainedExpert, TrainingSettings
-from prefmoe.reward.progress import Progress, silent
 from prefmoe.reward.trainer import ExpertTrainer, PairModule
 from prefmoe.reward.trunk import Trunk
+from prefmoe.runs.progress import Progress, silent
 
 
 def start_experts(

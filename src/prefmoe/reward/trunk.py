@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from prefmoe.errors import CheckpointError
 from prefmoe.reward.backbone import embed, run_layers, weights_hash
-from prefmoe.reward.progress import Progress, silent
 from prefmoe.reward.texts import TextTable, token_budget_batches
+from prefmoe.runs.progress import Progress, silent
 
 _INDEX, _DATA = "index.tsv", "states.bin"
 _LINE = re.compile(rb"([0-9a-f]+)\t(\d+)\t(\d+)\n")  # text key, first token, number of tokens

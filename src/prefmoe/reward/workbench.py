@@ -15,8 +15,6 @@ from prefmoe.hub import resolve_backbone
 from prefmoe.records import PreferencePair
 from prefmoe.reward.backbone import load_backbone, weights_hash
 from prefmoe.reward.experts import Experts
-from prefmoe.reward.progress import Progress, silent
-from prefmoe.reward.run import Run, process_state
 from prefmoe.reward.settings import BackboneSettings, RewardSettings
 from prefmoe.reward.splits import (
     draw_per_task,
@@ -28,6 +26,8 @@ from prefmoe.reward.splits import (
 )
 from prefmoe.reward.texts import EncodedPairs, TextTable, encode_pairs
 from prefmoe.reward.trunk import Trunk
+from prefmoe.runs.progress import Progress, silent
+from prefmoe.runs.run import Run, process_state
 
 GENERAL = "general"  # the shared adapter, as an expert of every task
 
@@ -121,7 +121,7 @@ def build_workbench(
         | {"the prompts of the router": _hash_of([f"{table.key(text)} {task}" for text, task in prompts])}
         | {"the backbone": weights_hash(backbone)}
     )
-    trunk = _prepared_trunk(backbone, table, run, progress)
+    trunk = _prepared_trunk(backbone, table, run, settings, progress=progress)
     for name, rows in encoded.items():
         counts = {"pairs": len(rows.rows), "truncated": rows.num_truncated, "equal": rows.num_equal}
         run.log("data", {"split": name, **counts})
@@ -169,11 +169,13 @@ def _load_backbone(body: BackboneSettings) -> PreTrainedModel:
     return backbone.to(process_state().device)
 
 
-def _prepared_trunk(backbone: PreTrainedModel, table: TextTable, run: Run, progress: Progress) -> Trunk:
-    body = run.settings.backbone
+def _prepared_trunk(
+    backbone: PreTrainedModel, table: TextTable, run: Run, settings: RewardSettings, *, progress: Progress
+) -> Trunk:
+    body = settings.backbone
     trunk = Trunk(
         backbone,
-        run.settings.experts.split_layer,
+        settings.experts.split_layer,
         table,
         folder=run.folder / "trunk" if body.trunk_cache else None,
         max_gib=body.trunk_cache_gib,

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import yaml
@@ -18,9 +18,21 @@ from transformers import TrainerCallback
 
 from prefmoe.errors import CheckpointError, ConfigError, DataError
 from prefmoe.evaluation.files import write_text
-from prefmoe.reward.settings import RewardSettings
 
 T = TypeVar("T")
+
+
+class RunSettings(Protocol):
+    """What a run needs of its settings; pydantic models with an `out` have it."""
+
+    @property
+    def out(self) -> str:
+        """The run folder."""
+
+    def model_dump(self) -> dict[str, Any]:
+        """All settings as plain values."""
+
+
 _VERSIONED = ("prefmoe", "torch", "transformers", "accelerate", "safetensors", "numpy")
 
 
@@ -33,7 +45,7 @@ class Run:
         settings: What is run. A folder that holds another config is refused, for its results would be mixed.
     """
 
-    def __init__(self, settings: RewardSettings) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
         self.folder = Path(settings.out)
         self.state = process_state()
