@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from prefmoe.cli import data, reward
+from prefmoe.cli import data, policy, reward
 from prefmoe.cli.report import report
 from prefmoe.errors import PrefmoeError, PrefmoeWarning
 
@@ -58,6 +58,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(reward.app, name="reward")
+app.add_typer(policy.app, name="policy")
 
 
 @app.command()

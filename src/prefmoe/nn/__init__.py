@@ -13,7 +13,7 @@ from prefmoe.nn.aggregation import (
 from prefmoe.nn.dense_bank import DenseBank
 from prefmoe.nn.lora_bank import LoraBank
 from prefmoe.nn.losses import bradley_terry_loss
-from prefmoe.nn.pooling import last_token, mean_tokens, pack_left
+from prefmoe.nn.pooling import last_token, mean_tokens, pack_left, pad_left
 from prefmoe.nn.probe import fit_bradley_terry, fit_softmax
 from prefmoe.nn.router_losses import (
     empty_mass_penalty,
@@ -61,6 +61,7 @@ __all__ = [
     "mean_reward",
     "mean_tokens",
     "pack_left",
+    "pad_left",
     "route",
     "route_tokens",
     "router_features",

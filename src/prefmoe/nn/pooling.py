@@ -4,6 +4,8 @@ Padding is what the mask says, never "tokens that equal the pad id": where pad a
 the latter rule drops the last real token and scores chosen and rejected alike.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -40,6 +42,26 @@ def pack_left(
     order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
     rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
     return tokens[rows, order], real.sum(dim=1)
+
+
+def pad_left(rows: Sequence[Int[Tensor, " _"]]) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+    """Rows of token ids as one batch with padding (id 0) in front, and its attention mask.
+
+    Args:
+        rows: Token ids, one tensor a row.
+
+    Example:
+        >>> ids, mask = pad_left([torch.tensor([7]), torch.tensor([8, 9])])
+        >>> ids.tolist(), mask.tolist()
+        ([[0, 7], [8, 9]], [[0, 1], [1, 1]])
+    """
+    seq = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), seq, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, seq - len(row) :] = row
+        mask[index, seq - len(row) :] = 1
+    return ids, mask
 
 
 def last_token(states: States, lengths: Positions) -> Float[Tensor, "batch hidden"]:

@@ -89,9 +89,12 @@ def as_target(
 def mask_of_batch(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Which tokens the routers' losses count: (batch, seq), 1.0 or 0.0; None if nothing tells.
 
-    Where labels are given it is their tokens (-100 marks the others: prompts and padding), among those that the
-    attention mask keeps.
+    An explicit `routing_mask` comes first. Where labels are given it is their tokens (-100 marks the others: prompts
+    and padding), among those that the attention mask keeps.
     """
+    if kwargs.get("routing_mask") is not None:
+        explicit: Tensor = kwargs["routing_mask"]
+        return explicit.float()
     labels, attention = kwargs.get("labels"), kwargs.get("attention_mask")
     if isinstance(attention, Tensor) and attention.ndim != 2:
         attention = None

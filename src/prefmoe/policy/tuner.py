@@ -91,14 +91,16 @@ class PMoLModel(BaseTuner):
     def _before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Takes `preferences` out of the model's arguments and tells the routers of the batch.
+        """Takes our own arguments out of the model's and tells the routers of the batch.
 
         `preferences` is the preference of every text, for the group loss: (batch,) numbers of groups, -1 for none; or
-        (batch, groups) shares. It is never needed to generate or score.
+        (batch, groups) shares. `routing_mask` (batch, seq) says which tokens count, where neither `labels` nor the
+        attention mask does. Neither is ever needed to generate or score.
         """
         preferences = kwargs.pop("preferences", None)
         routings = [] if self._is_disabled() else [self.routings[name] for name in self._adapters_in_use()]
         self._ends.append([self._begin(routing, args, kwargs, preferences) for routing in routings])
+        kwargs.pop("routing_mask", None)
         return args, kwargs
 
     def _after_forward(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

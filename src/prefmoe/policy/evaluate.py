@@ -1,0 +1,186 @@
+"""Measuring policies on held-out pairs: implicit-reward accuracy, routing, and what steering does."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prefmoe.evaluation.accuracy import bootstrap_interval, pairwise_accuracy
+from prefmoe.evaluation.files import write_text
+from prefmoe.evaluation.metrics import Metrics, TaskMetrics, build_metrics, write_metrics
+from prefmoe.policy.bench import PolicyBench
+from prefmoe.policy.inspect import Inspection, inspect_routing
+from prefmoe.policy.logps import completion_logps
+from prefmoe.policy.methods import is_pmol
+from prefmoe.policy.pairs import TokenPairs
+from prefmoe.policy.pictures import draw_routing, draw_steering
+from prefmoe.policy.train import load_policy
+
+BASE = "base"
+
+
+class SteeringPoint(BaseModel):
+    """What one weight of one group gives: accuracy and mean implicit-reward margin (reward units) by preference."""
+
+    weight: float
+    accuracy: dict[str, float]
+    margin: dict[str, float]
+
+
+class PolicyReport(BaseModel):
+    """`policy.json`: what `metrics.json` has no place for.
+
+    Attributes:
+        minimum: Accuracy of every method on its worst preference.
+        group_accuracy: For methods with a router, the share of test texts whose own group comes first, with its
+            95 % interval.
+        steering: For each group that was turned, a point a weight, of the method "pmol".
+    """
+
+    minimum: dict[str, float]
+    group_accuracy: dict[str, TaskMetrics] = {}
+    steering: dict[str, list[SteeringPoint]] = {}
+
+
+def implicit_margins(logps: Tensor, reference: Tensor, *, beta: float) -> Tensor:
+    r"""Implicit reward of chosen minus rejected, $\hat r = \beta(\log\pi - \log\pi_{ref})$.
+
+    Args:
+        logps: Of the policy: all chosen, then all rejected.
+        reference: Of the reference, in the same order.
+        beta: Of DPO.
+
+    Returns:
+        (pairs,) reward units.
+    """
+    chosen, rejected = (beta * (logps - reference)).chunk(2)
+    return chosen - rejected
+
+
+def evaluate_policies(bench: PolicyBench, folders: Mapping[str, Path]) -> tuple[Metrics, PolicyReport]:
+    """Measures every method on the test pairs; writes `metrics.json`, `policy.json` and the pictures."""
+    test, reference, beta = bench.splits["test"], bench.reference["test"], bench.settings.training.beta
+    margins = {BASE: _by_preference(bench, test, torch.sub(*reference.chunk(2)))}
+    accuracy: dict[str, TaskMetrics] = {}
+    for method, folder in folders.items():
+        scores = _test_scores(bench, method, folder)
+        margins[method] = _by_preference(bench, test, implicit_margins(scores["logps"], reference, beta=beta))
+        if "hits" in scores:
+            accuracy[method] = _interval(bench, scores["hits"])
+    prompts = {p: [row.prompt for row in test.rows if row.preference == p] for p in bench.preferences}
+    subject = "pmol" if "pmol" in margins else next(iter(folders))
+    metrics = build_metrics(
+        margins, seconds=bench.run.seconds(), prompt_ids=prompts, subject=subject, seed=bench.settings.seed
+    )
+    minimum = {m: min(task.accuracy for task in found.tasks.values()) for m, found in metrics.methods.items()}
+    steering = _steering(bench, folders["pmol"]) if "pmol" in folders else {}
+    report = PolicyReport(minimum=minimum, group_accuracy=accuracy, steering=steering)
+    write_metrics(metrics, bench.run.folder / "metrics.json")
+    write_text(bench.run.folder / "policy.json", report.model_dump_json(indent=1))
+    return metrics, report
+
+
+def _by_preference(bench: PolicyBench, pairs: TokenPairs, margins: Tensor) -> dict[str, list[float]]:
+    return {
+        p: [m for m, row in zip(margins.tolist(), pairs.rows, strict=True) if row.preference == p]
+        for p in bench.preferences
+    }
+
+
+def _test_scores(bench: PolicyBench, method: str, folder: Path) -> dict[str, Tensor]:
+    """Log-probabilities of the test texts, and for PMoL whether their own group came first; a step of the run."""
+
+    def compute() -> dict[str, Tensor]:
+        model, pairs = load_policy(bench, folder), bench.splits["test"]
+        if not is_pmol(method):
+            return {"logps": _logps(bench, model, pairs, label=f"testing {method}")}
+        found = _inspect(bench, model, pairs, label=f"testing {method}")
+        write_text(bench.run.folder / f"routing_{method}.json", found.table.model_dump_json(indent=1))
+        draw_routing(found.table, bench.run.folder / f"routing_{method}.png")
+        return {"logps": found.logps, "hits": found.hits}
+
+    def save(file: Path, tensors: dict[str, Tensor]) -> None:
+        save_file(tensors, file)
+
+    return bench.run.step(f"test_{method}.safetensors", compute, save, load_file, alone=True)
+
+
+def _logps(bench: PolicyBench, model: nn.Module, pairs: TokenPairs, *, label: str) -> Tensor:
+    tokens = bench.settings.model.batch_tokens
+    return completion_logps(model, pairs.texts(), batch_tokens=tokens, progress=bench.progress, label=label)
+
+
+def _inspect(bench: PolicyBench, model: nn.Module, pairs: TokenPairs, *, label: str) -> Inspection:
+    return inspect_routing(
+        model,
+        pairs.texts(),
+        [row.preference for row in pairs.rows] * 2,
+        batch_tokens=bench.settings.model.batch_tokens,
+        progress=bench.progress,
+        label=label,
+    )
+
+
+def _interval(bench: PolicyBench, hits: Tensor) -> TaskMetrics:
+    prompts = [row.prompt for row in bench.splits["test"].rows] * 2
+    found = bootstrap_interval(hits.tolist(), seed=bench.settings.seed, prompt_ids=prompts)
+    return TaskMetrics(accuracy=found.value, low=found.low, high=found.high, pairs=len(hits))
+
+
+def _steering(bench: PolicyBench, folder: Path) -> dict[str, list[SteeringPoint]]:
+    """The curve of each group over the settings' weights, on some test pairs of every preference."""
+    settings = bench.settings.steering
+    rows = [
+        row
+        for p in bench.preferences
+        for row in [r for r in bench.splits["test"].rows if r.preference == p][
+            : settings.pairs_per_preference
+        ]
+    ]
+    if not rows:
+        return {}
+    pairs = TokenPairs(rows)
+    places = [bench.splits["test"].rows.index(row) for row in rows]
+    half = len(bench.splits["test"].rows)
+    reference = bench.reference["test"][[*places, *(half + place for place in places)]]
+
+    def measure(weights: Mapping[str, float], name: str) -> dict[str, Tensor]:
+        def compute() -> dict[str, Tensor]:
+            model = load_policy(bench, folder)
+            with model.base_model.steered(weights):
+                return {"logps": _logps(bench, model, pairs, label=f"steering {name}")}
+
+        def save(file: Path, tensors: dict[str, Tensor]) -> None:
+            save_file(tensors, file)
+
+        return bench.run.step(f"steering_{name}.safetensors", compute, save, load_file, alone=True)
+
+    curves: dict[str, list[SteeringPoint]] = {}
+    for index, group in enumerate(bench.preferences):
+        curves[group] = []
+        for weight in settings.weights:
+            # At weight 1 nothing is turned, whichever the group.
+            name = "1" if weight == 1 else f"{index}_{weight:g}"
+            logps = measure({} if weight == 1 else {group: weight}, name)["logps"]
+            margins = implicit_margins(logps, reference, beta=bench.settings.training.beta)
+            curves[group].append(_point(bench, pairs, weight, margins))
+    draw_steering(curves, bench.run.folder / "steering.png")
+    return curves
+
+
+def _point(bench: PolicyBench, pairs: TokenPairs, weight: float, margins: Tensor) -> SteeringPoint:
+    by_preference: Mapping[str, Sequence[float]] = _by_preference(bench, pairs, margins)
+    return SteeringPoint(
+        weight=weight,
+        accuracy={p: pairwise_accuracy(row) for p, row in by_preference.items()},
+        margin={p: sum(row) / len(row) for p, row in by_preference.items()},
+    )
+
+
+def read_report(folder: Path) -> PolicyReport:
+    """`policy.json` of a run folder."""
+    return PolicyReport.model_validate(json.loads((folder / "policy.json").read_text(encoding="utf-8")))

@@ -1,0 +1,163 @@
+"""Using a saved policy: measuring it, looking inside, generating, exporting."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from prefmoe.data.read import read_pairs
+from prefmoe.data.render import Renderer
+from prefmoe.errors import CheckpointError, ConfigError, DataError
+from prefmoe.evaluation.files import write_text
+from prefmoe.evaluation.metrics import Metrics, build_metrics
+from prefmoe.policy.bench import load_language_model, load_tokenizer
+from prefmoe.policy.evaluate import implicit_margins
+from prefmoe.policy.export import ExportReport, export_lora, mean_weights
+from prefmoe.policy.inspect import RoutingTable, inspect_routing
+from prefmoe.policy.logps import completion_logps
+from prefmoe.policy.pairs import TokenPairs, draw, encode, preference_of
+from prefmoe.policy.pictures import draw_routing
+from prefmoe.policy.settings import ModelSettings
+from prefmoe.policy.tuner import PMoLModel
+from prefmoe.records import Message
+from prefmoe.runs.progress import Progress, silent
+
+
+def load_saved(folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """A trained policy with its tokenizer.
+
+    Raises:
+        CheckpointError: The folder holds no adapter, a damaged one, or one of another language model.
+    """
+    if not (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder}: holds no adapter; expected a folder such as runs/policy/pmol")
+    config = PeftConfig.from_pretrained(folder)
+    name = config.base_model_name_or_path or ""
+    base = load_language_model(ModelSettings(name=name))
+    try:
+        model = PeftModel.from_pretrained(base, folder)
+    except (OSError, RuntimeError, ValueError, KeyError) as problem:
+        raise CheckpointError(
+            f"{folder}: does not fit {name}, or is damaged: {str(problem).splitlines()[0]}"
+        ) from problem
+    where = str(folder) if (folder / "tokenizer_config.json").exists() else name
+    return model.eval(), load_tokenizer(where)
+
+
+def evaluate_saved(
+    folder: Path,
+    files: Sequence[str],
+    *,
+    weights: Mapping[str, float],
+    beta: float,
+    max_length: int,
+    progress: Progress = silent,
+) -> tuple[Metrics, RoutingTable | None]:
+    """Accuracy of implicit rewards by preference, and for PMoL its routing."""
+    model, tokenizer = load_saved(folder)
+    pairs = _read(files, tokenizer, max_length=max_length)
+    with model.disable_adapter():
+        reference = completion_logps(model, pairs.texts(), progress=progress, label="reference")
+    preferences = [row.preference for row in pairs.rows]
+    table = None
+    if isinstance(model.base_model, PMoLModel):
+        model.base_model.set_preference_weights(weights)
+        found = inspect_routing(model, pairs.texts(), preferences * 2, progress=progress, label="policy")
+        logps, table = found.logps, found.table
+    else:
+        _refuse_weights(weights, folder)
+        logps = completion_logps(model, pairs.texts(), progress=progress, label="policy")
+    margins = implicit_margins(logps, reference, beta=beta).tolist()
+    names = list(dict.fromkeys(preferences))
+    by_preference = {n: [m for m, p in zip(margins, preferences, strict=True) if p == n] for n in names}
+    prompts = {n: [row.prompt for row in pairs.rows if row.preference == n] for n in names}
+    method = folder.name.replace("-", "_") or "policy"
+    return build_metrics({method: by_preference}, prompt_ids=prompts, subject=method), table
+
+
+def write_weights(
+    folder: Path, source: str, out: Path, *, limit: int, max_length: int, progress: Progress = silent
+) -> Path:
+    """Draws the routing on a file's texts; returns the file with the numbers."""
+    model, tokenizer = load_saved(folder)
+    if not isinstance(model.base_model, PMoLModel):
+        raise ConfigError(f"{folder}: is no PMoL adapter, it has no routers to look at")
+    pairs = _read([source], tokenizer, max_length=max_length, limit=limit)
+    preferences = [row.preference for row in pairs.rows] * 2
+    table = inspect_routing(model, pairs.texts(), preferences, progress=progress).table
+    draw_routing(table, out)
+    numbers = out.with_suffix(".json")
+    write_text(numbers, table.model_dump_json(indent=1))
+    return numbers
+
+
+@torch.no_grad()
+def answer(
+    folder: Path,
+    prompts: Sequence[str],
+    *,
+    weights: Mapping[str, float],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Iterator[str]:
+    """Answers, one prompt after the other."""
+    model, tokenizer = load_saved(folder)
+    if isinstance(model.base_model, PMoLModel):
+        model.base_model.set_preference_weights(weights)
+    else:
+        _refuse_weights(weights, folder)
+    torch.manual_seed(seed)
+    limit = model.get_base_model().config.max_position_embeddings
+    renderer = Renderer(tokenizer, max_length=max(16, limit - max_new_tokens))
+    for prompt in prompts:
+        ids = torch.tensor([renderer.encode_prompt((Message("user", prompt),)).input_ids]).to(model.device)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            **sampling,
+        )
+        yield str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def export_saved(
+    folder: Path, out: Path, *, weights: Mapping[str, float], source: str | None, max_length: int
+) -> ExportReport | None:
+    """Writes a plain LoRA; without weights, at the mean weights on the texts of `source`.
+
+    Raises:
+        ConfigError: Neither weights nor texts to find them on.
+    """
+    model, tokenizer = load_saved(folder)
+    pairs = _read([source], tokenizer, max_length=max_length, limit=50) if source else TokenPairs([])
+    if not weights and not pairs.rows:
+        raise ConfigError(
+            "export: give weights (--prefer GROUP=WEIGHT), or pairs to find them on (--measure-on FILE)"
+        )
+    texts = pairs.texts()
+    if not weights:
+        weights = mean_weights(model, texts, [row.preference for row in pairs.rows] * 2)
+    report = export_lora(model, out, weights=weights, texts=texts)
+    tokenizer.save_pretrained(out)
+    return report
+
+
+def _read(
+    files: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int, limit: int | None = None
+) -> TokenPairs:
+    pairs = [pair for file in files for pair in read_pairs(file, split="test")]
+    if not any(preference_of(pair) for pair in pairs):
+        raise DataError("no row has a 'preference' (or 'task')", files[0])
+    names = dict.fromkeys(preference_of(pair) for pair in pairs)
+    drawn = [p for n in names for p in draw([q for q in pairs if preference_of(q) == n], limit, 0)]
+    return encode(drawn, Renderer(tokenizer, max_length=max_length), allow_equal=True)
+
+
+def _refuse_weights(weights: Mapping[str, float], folder: Path) -> None:
+    if weights:
+        raise ConfigError(f"{folder}: is no PMoL adapter, it cannot be steered; leave --prefer out")

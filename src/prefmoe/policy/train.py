@@ -1,0 +1,190 @@
+"""Training the policies of a run by TRL's DPO trainer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
+from trl import DPOConfig, DPOTrainer
+
+from prefmoe.policy.bench import PolicyBench
+from prefmoe.policy.methods import is_pmol, lora_config, pmol_config, rank_of_lora
+from prefmoe.policy.pairs import TokenPairs
+from prefmoe.policy.trainers import connect_preferences
+from prefmoe.runs.run import LogCallback
+
+AVERAGE = "average"  # name of the adapter that averages others
+
+
+def train_policies(bench: PolicyBench) -> dict[str, Path]:
+    """Trains every method of the settings; returns the folder of each adapter, ready for `PeftModel`.
+
+    Each method is a step of the run: the same call goes on where it was stopped, inside a training from its newest
+    checkpoint.
+    """
+    return {method: _train_method(bench, method) for method in bench.settings.methods}
+
+
+def load_policy(bench: PolicyBench, folder: Path) -> PeftModel:
+    """The language model with a trained adapter, in evaluation mode."""
+    return PeftModel.from_pretrained(bench.new_model(), folder).eval()
+
+
+def _train_method(bench: PolicyBench, method: str) -> Path:
+    folder = bench.run.folder / method
+    if method == "lora_average":
+        return _train_average(bench, folder)
+    config = _config(bench, method)
+    state = _trained_state(bench, method, config, bench.splits["train"])
+    model = get_peft_model(bench.new_model(), config)
+    return _save_adapter(bench, model, state, folder)
+
+
+def _config(bench: PolicyBench, method: str) -> PeftConfig:
+    adapter = bench.settings.adapter
+    if is_pmol(method):
+        return pmol_config(method, adapter, bench.preferences)
+    rank = rank_of_lora(method, adapter, bench.preferences)
+    return lora_config(adapter, bench.settings.training, rank=rank)
+
+
+def _train_average(bench: PolicyBench, folder: Path) -> Path:
+    """One LoRA a preference, each on its own pairs, then the mean of what they add, exactly (by concatenation)."""
+    model: PeftModel | None = None
+    for name in bench.preferences:
+        config = _config(bench, "lora_average")
+        rows = [row for row in bench.splits["train"].rows if row.preference == name]
+        state = _trained_state(bench, f"lora_{name}", config, TokenPairs(rows))
+        if model is None:
+            model = get_peft_model(bench.new_model(), config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+        set_peft_model_state_dict(model, state, adapter_name=name)
+    assert model is not None
+    share = [1 / len(bench.preferences)] * len(bench.preferences)
+    model.add_weighted_adapter(bench.preferences, share, AVERAGE, combination_type="cat")
+    model.set_adapter(AVERAGE)
+    if bench.run.is_main:
+        model.save_pretrained(folder, selected_adapters=[AVERAGE])
+        bench.tokenizer.save_pretrained(folder)
+    return folder / AVERAGE
+
+
+def _save_adapter(bench: PolicyBench, model: PeftModel, state: dict[str, Tensor], folder: Path) -> Path:
+    set_peft_model_state_dict(model, state)
+    if bench.run.is_main:
+        model.save_pretrained(folder)
+        bench.tokenizer.save_pretrained(folder)
+    bench.run.wait()
+    return folder
+
+
+def _trained_state(bench: PolicyBench, name: str, config: PeftConfig, pairs: TokenPairs) -> dict[str, Tensor]:
+    """Tensors of a trained adapter, as a step of the run."""
+
+    def compute() -> dict[str, Tensor]:
+        torch.manual_seed(bench.settings.seed)
+        return _train(bench, name, config, pairs)
+
+    def save(file: Path, state: dict[str, Tensor]) -> None:
+        save_file({key: tensor.contiguous() for key, tensor in state.items()}, file)
+
+    return bench.run.step(f"{name}.safetensors", compute, save, load_file, together=True)
+
+
+class _TokenizedDPOTrainer(DPOTrainer):
+    """TRL's trainer on pairs that `Renderer` has rendered, which keeps the completion where TRL would cut it."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+
+def _train(bench: PolicyBench, name: str, config: PeftConfig, pairs: TokenPairs) -> dict[str, Tensor]:
+    folder = bench.run.folder / "checkpoints" / name
+    validation = bench.splits["validation"]
+    settings = bench.settings.training
+    trainer = _TokenizedDPOTrainer(
+        model=bench.new_model(),
+        args=_arguments(bench, folder, config, num_pairs=len(pairs.rows)),
+        train_dataset=_dataset(bench, "train", pairs),
+        eval_dataset=_dataset(bench, "validation", validation) if validation.rows else None,
+        processing_class=bench.tokenizer,
+        peft_config=config,
+    )
+    trainer.precompute_ref_logps = True  # they are columns of the data: computed once for all methods
+    if is_pmol(name):
+        connect_preferences(trainer)
+    steps = max(1, round(settings.epochs * len(pairs.rows) / settings.batch_pairs))
+    with bench.progress(f"training {name}", steps) as advance:
+        trainer.add_callback(LogCallback(bench.run, name, advance))
+        checkpoint = get_last_checkpoint(str(folder)) if folder.exists() else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+    return get_peft_model_state_dict(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def _arguments(bench: PolicyBench, folder: Path, config: PeftConfig, *, num_pairs: int) -> DPOConfig:
+    settings = bench.settings.training
+    is_lora = str(config.peft_type) == "LORA" or getattr(config.peft_type, "value", "") == "LORA"
+    rate = settings.lora_learning_rate if is_lora and settings.lora_learning_rate else settings.learning_rate
+    steps = max(1, round(settings.epochs * num_pairs / settings.batch_pairs))
+    validates = bool(settings.evaluations and bench.splits["validation"].rows)
+    return DPOConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=max(1, settings.batch_pairs // settings.accumulation),
+        per_device_eval_batch_size=max(1, settings.batch_pairs // settings.accumulation),
+        gradient_accumulation_steps=settings.accumulation,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        learning_rate=rate,
+        lr_scheduler_type="linear",
+        warmup_steps=round(settings.warmup * steps),
+        max_grad_norm=settings.max_grad_norm,
+        beta=settings.beta,
+        max_length=None,  # pairs are cut already
+        eval_strategy="steps" if validates else "no",
+        eval_steps=max(1, steps // max(1, settings.evaluations)),
+        save_strategy="steps",
+        save_steps=max(1, steps // 5),
+        save_total_limit=2,
+        logging_steps=max(1, steps // 25),
+        bf16=False,  # the model has its own dtype; what is trained stays in float32
+        report_to=settings.report_to,
+        seed=bench.settings.seed,
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+    )
+
+
+def _dataset(bench: PolicyBench, split: str, pairs: TokenPairs) -> Dataset:
+    """Rows as TRL's collator takes them, with the reference's log-probabilities."""
+    chosen, rejected = _reference_of(bench, split, pairs)
+    return Dataset.from_list(
+        [
+            {
+                "prompt_ids": list(row.prompt_ids),
+                "chosen_ids": list(row.chosen_ids),
+                "rejected_ids": list(row.rejected_ids),
+                "ref_chosen_logps": c,
+                "ref_rejected_logps": r,
+                "preference": row.preference,
+            }
+            for row, c, r in zip(pairs.rows, chosen, rejected, strict=True)
+        ]
+    )
+
+
+def _reference_of(
+    bench: PolicyBench, split: str, pairs: TokenPairs
+) -> tuple[Sequence[float], Sequence[float]]:
+    chosen, rejected = bench.reference[split].chunk(2)
+    place = {row: index for index, row in enumerate(bench.splits[split].rows)}
+    indices = [place[row] for row in pairs.rows]
+    return chosen[indices].tolist(), rejected[indices].tolist()
