@@ -26,11 +26,21 @@ def settings_reference() -> str:
     """One table a section of the file that `prefmoe reward train` reads."""
     from prefmoe.reward.settings import RewardSettings
 
+    return _tables(RewardSettings)
+
+
+def policy_settings_reference() -> str:
+    """One table a section of the file that `prefmoe policy train` reads."""
+    from prefmoe.policy.settings import PolicySettings
+
+    return _tables(PolicySettings)
+
+
+def _tables(settings: type[BaseModel]) -> str:
     tables = [
-        f"### `{path}`\n\n{_first_line(section)}\n\n{_table(section)}"
-        for path, section in _sections(RewardSettings)
+        f"### `{path}`\n\n{_first_line(section)}\n\n{_table(section)}" for path, section in _sections(settings)
     ]
-    own = f"### top level\n\n{_table(RewardSettings)}"
+    own = f"### top level\n\n{_table(settings)}"
     return "\n" + "\n\n".join([*tables, own]) + "\n"
 
 

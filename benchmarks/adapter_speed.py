@@ -1,0 +1,197 @@
+"""A training step, the memory kept for its backward pass, and generation: PMoL beside PEFT's LoRA and a loop over experts.
+
+    python benchmarks/adapter_speed.py --model smollm2-135m --out benchmarks/results/adapter_speed_cpu.json
+
+One process, one machine, methods in turn: PMoL with 12 experts of rank 8, one LoRA of rank 96 on the same layers (as many
+trainable weights), and the same mixture as a loop over the experts, the way LoRAMoE, MixLoRA and MoE-PEFT compute it.
+The headline is a ratio to LoRA, the median over repeats of the ratios within a repeat.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import prefmoe.policy.layer as layer_module
+from prefmoe import PMoLConfig
+from prefmoe.hub import resolve_backbone
+from prefmoe.nn import LoraBank
+
+GROUPS, RANK = {"helpful": 4, "harmless": 4, "warm": 4}, 8
+EXPERTS = sum(GROUPS.values())
+
+
+class LoopBank(LoraBank):
+    """The bank with the experts one after the other."""
+
+    def shrink(self, x: Tensor) -> Tensor:
+        return x
+
+    def shrink_beside(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return x, F.linear(x, rows)
+
+    def expand(self, low: Tensor, weights: Tensor) -> Tensor:
+        added = torch.zeros((), dtype=low.dtype, device=low.device)
+        for e in range(self.num_experts):
+            one = F.linear(F.linear(low, self.A[e].to(low.dtype)), self.B[e].to(low.dtype))
+            added = added + one * (weights[..., e : e + 1] * self.scale).to(low.dtype)
+        return added
+
+
+def build(method: str, name: str, dtype: torch.dtype, device: str):
+    torch.manual_seed(0)
+    source = resolve_backbone(name)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(device)
+    if method == "lora":
+        config = LoraConfig(
+            r=EXPERTS * RANK, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+    else:
+        config = PMoLConfig(groups=GROUPS, rank=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    layer_module.LoraBank = LoopBank if method == "loop" else LoraBank
+    try:
+        model = get_peft_model(model, config)
+    finally:
+        layer_module.LoraBank = LoraBank
+    return model
+
+
+def step(model, batch: dict[str, Tensor]) -> None:
+    preferences = {"preferences": torch.arange(len(batch["input_ids"])) % len(GROUPS)}
+    is_lora = hasattr(next(iter(model.peft_config.values())), "lora_alpha")
+    loss = model(**batch, **({} if is_lora else preferences)).loss
+    loss.backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def saved_bytes(model, batch: dict[str, Tensor]) -> int:
+    """Bytes of all tensors kept for the backward pass, each storage once, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch).loss
+    del loss
+    return sum(storages.values())
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def generate(model, ids: Tensor, tokens: int) -> None:
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, arguments.dtype)
+    vocabulary = AutoConfig.from_pretrained(resolve_backbone(arguments.model)).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocabulary, (arguments.rows, arguments.seq), generator=generator).to(device)
+    labels = ids.clone()
+    labels[:, : arguments.seq // 2] = -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    methods = ["lora", "pmol", "loop"]
+    models = {method: build(method, arguments.model, dtype, device) for method in methods}
+    saved = {}
+    for method, model in models.items():
+        model.train()
+        saved[method] = saved_bytes(model, batch)
+        gc.collect()
+    times: dict[str, dict[str, list[float]]] = {"step": {}, "token": {}}
+    for repeat in range(arguments.repeats + 1):  # the first one warms up
+        for method, model in models.items():
+            model.train()
+            step_time = seconds(lambda model=model: step(model, batch), device)
+            model.eval()
+            prompt = ids[:1, : arguments.seq // 2]
+            token_time = seconds(lambda model=model: generate(model, prompt, arguments.new_tokens), device)
+            if repeat:
+                times["step"].setdefault(method, []).append(step_time)
+                times["token"].setdefault(method, []).append(token_time / arguments.new_tokens)
+    result = report(arguments, times, saved, models)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def report(arguments, times, saved, models) -> dict:
+    def ratio(kind: str, method: str, other: str) -> float:
+        pairs = zip(times[kind][method], times[kind][other], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    trainable = {m: sum(p.numel() for p in model.parameters() if p.requires_grad) for m, model in models.items()}
+    result = {
+        "what": "ratios; step and token: median over repeats, alternating; saved: bytes kept for backward",
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "torch": torch.__version__,
+        "settings": {k: str(v) for k, v in vars(arguments).items()},
+        "trainable": trainable,
+        "step_pmol_over_lora": round(ratio("step", "pmol", "lora"), 3),
+        "step_pmol_over_loop": round(ratio("step", "pmol", "loop"), 3),
+        "saved_pmol_over_lora": round(saved["pmol"] / saved["lora"], 3),
+        "saved_loop_over_lora": round(saved["loop"] / saved["lora"], 3),
+        "token_pmol_over_lora": round(ratio("token", "pmol", "lora"), 3),
+        "token_loop_over_lora": round(ratio("token", "loop", "lora"), 3),
+        "seconds": {k: {m: round(statistics.median(v), 4) for m, v in by.items()} for k, by in times.items()},
+        "saved_mib": {m: round(b / 2**20, 1) for m, b in saved.items()},
+    }
+    for name, target in {
+        "step_pmol_over_lora": 1.25,
+        "step_pmol_over_loop": 0.5,
+        "saved_pmol_over_lora": 1.25,
+        "token_pmol_over_lora": 1.3,
+    }.items():
+        print(f"{name:24} {result[name]:6.3f}   target at most {target}")
+    print(json.dumps(result["seconds"]), json.dumps(result["saved_mib"]))
+    return result
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    main()
