@@ -1,9 +1,9 @@
-"""A training step, the memory kept for its backward pass, and generation: PMoL beside PEFT's LoRA and a loop over experts.
+"""PMoL beside PEFT's LoRA and a loop over experts: a training step, memory kept for backward, generation.
 
     python benchmarks/adapter_speed.py --model smollm2-135m --out benchmarks/results/adapter_speed_cpu.json
 
-One process, one machine, methods in turn: PMoL with 12 experts of rank 8, one LoRA of rank 96 on the same layers (as many
-trainable weights), and the same mixture as a loop over the experts, the way LoRAMoE, MixLoRA and MoE-PEFT compute it.
+One process, one machine, methods in turn: PMoL with 12 experts of rank 8, one LoRA of rank 96 on the same layers (as
+many trainable weights), and the same mixture as a loop over experts, the way LoRAMoE, MixLoRA and MoE-PEFT compute it.
 The headline is a ratio to LoRA, the median over repeats of the ratios within a repeat.
 """
 
@@ -14,6 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -113,7 +114,9 @@ def generate(model, ids: Tensor, tokens: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rows", type=int, default=4)
@@ -142,10 +145,10 @@ def main() -> None:
     for repeat in range(arguments.repeats + 1):  # the first one warms up
         for method, model in models.items():
             model.train()
-            step_time = seconds(lambda model=model: step(model, batch), device)
+            step_time = seconds(partial(step, model, batch), device)
             model.eval()
             prompt = ids[:1, : arguments.seq // 2]
-            token_time = seconds(lambda model=model: generate(model, prompt, arguments.new_tokens), device)
+            token_time = seconds(partial(generate, model, prompt, arguments.new_tokens), device)
             if repeat:
                 times["step"].setdefault(method, []).append(step_time)
                 times["token"].setdefault(method, []).append(token_time / arguments.new_tokens)
@@ -160,7 +163,9 @@ def report(arguments, times, saved, models) -> dict:
         pairs = zip(times[kind][method], times[kind][other], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
-    trainable = {m: sum(p.numel() for p in model.parameters() if p.requires_grad) for m, model in models.items()}
+    trainable = {
+        m: sum(p.numel() for p in model.parameters() if p.requires_grad) for m, model in models.items()
+    }
     result = {
         "what": "ratios; step and token: median over repeats, alternating; saved: bytes kept for backward",
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
@@ -189,7 +194,8 @@ def report(arguments, times, saved, models) -> dict:
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 

@@ -1,7 +1,7 @@
 """Tiny random models, built from a config in milliseconds: no hub, no downloads."""
 
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.model import DMoERMForSequenceClassification
@@ -35,6 +35,27 @@ def tiny_backbone(
         eos_token_id=2,
     )
     return AutoModel.from_config(config, dtype=dtype).requires_grad_(False).eval()
+
+
+def tiny_language_model(
+    *, layers: int = 2, hidden: int = 32, vocab: int = 300, seed: int = 0
+) -> PreTrainedModel:
+    """A random causal language model, for policies."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def tiny_reward_model(

@@ -16,8 +16,9 @@ import yaml
 import prefmoe
 from data_helpers import CHATML, byte_tokenizer
 from prefmoe.labeling import load_tasks
+from prefmoe.policy.settings import load_policy_settings
 from prefmoe.reward.settings import RewardSettings, load_settings
-from tiny import tiny_reward_model
+from tiny import tiny_language_model, tiny_reward_model
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
@@ -66,7 +67,7 @@ def demo_model(tmp_path_factory):
 def test_code_in_the_docs_runs(page, demo_model, monkeypatch, capsys):
     monkeypatch.chdir(demo_model)
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"model": tiny_language_model(), "tokenizer": byte_tokenizer(CHATML)}
     for block in blocks:
         exec(compile(block, str(page), "exec"), names)
     assert capsys.readouterr().out.strip(), "the example shows nothing"
@@ -76,7 +77,8 @@ def test_every_shipped_config_loads():
     assert CONFIGS
     for config in CONFIGS:
         content = yaml.safe_load(config.read_text(encoding="utf-8"))
-        loaded = load_tasks(config) if "tasks" in content else load_settings(config)
+        kinds = {"tasks": load_tasks, "policy": load_policy_settings, "real": load_settings}
+        loaded = kinds["tasks" if "tasks" in content else config.name.partition("-")[0]](config)
         assert loaded.model_dump()
 
 

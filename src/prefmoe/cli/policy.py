@@ -68,6 +68,7 @@ def train(
 def evaluate(
     model: Model,
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Test pairs.", show_default=False)],
+    *,
     prefer: Prefer = None,
     beta: Annotated[float, typer.Option(help="Of DPO; scales margins, not accuracies.")] = 0.1,
     max_length: Annotated[int, typer.Option(help="Tokens of a text.")] = 1024,
@@ -92,6 +93,7 @@ def weights_command(
     source: Annotated[
         str, typer.Argument(metavar="FILE", help="Pairs of each preference.", show_default=False)
     ],
+    *,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="PNG", help="Picture; numbers lie beside it.")],
     limit: Annotated[int, typer.Option(min=1, help="Pairs of each preference.")] = 50,
     max_length: Annotated[int, typer.Option(help="Tokens of a text.")] = 1024,
@@ -107,6 +109,7 @@ def weights_command(
 def generate(
     model: Model,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", show_default=False)] = None,
+    *,
     prefer: Prefer = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
@@ -131,6 +134,7 @@ def generate(
 @app.command()
 def export(
     model: Model,
+    *,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the LoRA.")],
     prefer: Annotated[
         list[str] | None,
