@@ -92,7 +92,11 @@ def _write_curves(folder: Path, rng: np.random.Generator) -> None:
 def _write_log(folder: Path, rng: np.random.Generator) -> None:
     lines: list[dict[str, object]] = [
         {"step": 0, "phase": "data", "split": split, "pairs": pairs, "truncated": truncated, "equal": equal}
-        for split, pairs, truncated, equal in [("train", 900, 4, 0), ("validation", 90, 0, 0), ("test", 120, 3, 1)]
+        for split, pairs, truncated, equal in [
+            ("train", 900, 4, 0),
+            ("validation", 90, 0, 0),
+            ("test", 120, 3, 1),
+        ]
     ]
     for phase, (start, end, last) in {
         "shared": (0.72, 0.6, 60),
@@ -110,7 +114,9 @@ def _write_log(folder: Path, rng: np.random.Generator) -> None:
                 )
         lines.append({"step": last, "phase": phase, "train_loss": 0.5, "train_runtime": 12.0})
     evidence = {"evidence/task_head": 0.61, "evidence/linear_scores": 0.625, "evidence/mlp": 0.55}
-    lines += [{"step": 0, "phase": "phase3", "task": task, "kept": "linear_scores", **evidence} for task in TASKS]
+    lines += [
+        {"step": 0, "phase": "phase3", "task": task, "kept": "linear_scores", **evidence} for task in TASKS
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

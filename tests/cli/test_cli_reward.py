@@ -107,7 +107,9 @@ def test_score_can_be_told_the_task(saved_model, tmp_path):
     assert run_cli("reward", "score", saved_model, source, "-o", out, "--routing", "given").exit_code == 0
     assert [line["task"] for line in read_lines(out)] == ["writing", "advice"]
     source = write_rows(tmp_path / "in2.jsonl", [{**rows[0], "task": "poetry"}])
-    result = run_cli("reward", "score", saved_model, source, "-o", tmp_path / "new.jsonl", "--routing", "given")
+    result = run_cli(
+        "reward", "score", saved_model, source, "-o", tmp_path / "new.jsonl", "--routing", "given"
+    )
     assert result.exit_code == 3
     assert "tasks ['poetry'] are not among those of the model" in result.stderr
 
@@ -119,7 +121,9 @@ def test_eval_counts_what_was_cut_and_what_became_a_tie(saved_model, tmp_path):
     source = write_rows(tmp_path / "in.jsonl", rows)
     result = run_cli("reward", "eval", saved_model, source)
     assert result.exit_code == 0
-    expected = f"warning: 2 of 8 pairs lost tokens to fit the model's {MAX_LENGTH}; the sides of 1 became equal and"
+    expected = (
+        f"warning: 2 of 8 pairs lost tokens to fit the model's {MAX_LENGTH}; the sides of 1 became equal and"
+    )
     assert expected in result.stderr
     result = run_cli("reward", "eval", saved_model, write_rows(tmp_path / "in.jsonl", rows[2:]))
     assert "lost tokens" not in result.stderr

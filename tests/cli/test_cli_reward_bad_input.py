@@ -155,6 +155,12 @@ MISTAKES = [
         3,
     ),
     Mistake(
+        "nothing left to train on",
+        setting("data.validation=null", "data.validation_fraction=0.999"),
+        "no pair is left to train on; give more of them, or a smaller data.validation_fraction\n",
+        3,
+    ),
+    Mistake(
         "some rows without a task",
         rows("train.jsonl", changed(8, task=None)),
         "train: 1 of 100 pairs have no 'task', the first is 'train/advice/7'; name the task of all",
@@ -401,7 +407,9 @@ def test_a_full_disk_during_the_save_keeps_the_old_model_whole(backbone_folder, 
     monkeypatch.setattr(artefact, "save_torch_state_dict", full)
     result = run_cli("reward", "train", config, *quick)
     assert (result.exit_code, result.stdout) == (5, "")
-    expected = f"{tmp_path}/run/dmoerm: could not be saved, what was there is unchanged: .*No space left on device\n"
+    expected = (
+        f"{tmp_path}/run/dmoerm: could not be saved, what was there is unchanged: .*No space left on device\n"
+    )
     assert re.search(expected, result.stderr)
     assert {file.name: file.read_bytes() for file in (tmp_path / "run" / "dmoerm").iterdir()} == before
 
@@ -428,7 +436,9 @@ def test_pairs_that_changed_under_a_run_are_refused(backbone_folder, tmp_path):
     write_rows(tmp_path / "test.jsonl", [{**pair, "rejected": "Never."} for pair in pair_rows("test")])
     result = run_cli("reward", "train", config, *quick)
     assert (result.exit_code, result.stdout) == (3, "")
-    assert f"{tmp_path}/run: the test pairs changed since this run began; choose another --out" in result.stderr
+    assert (
+        f"{tmp_path}/run: the test pairs changed since this run began; choose another --out" in result.stderr
+    )
 
 
 def test_real_process_has_no_traceback(tmp_path):

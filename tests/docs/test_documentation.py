@@ -91,7 +91,9 @@ def test_the_config_for_a_gpu_takes_every_pair_and_the_whole_backbone():
 def test_every_benchmark_has_a_line_with_its_command():
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     for file in (ROOT / "benchmarks").glob("*.py"):
-        assert re.search(rf"\| `benchmarks/{file.name}` \| .* \| `python benchmarks/{file.name} ", page), file.name
+        assert re.search(rf"\| `benchmarks/{file.name}` \| .* \| `python benchmarks/{file.name} ", page), (
+            file.name
+        )
 
 
 @pytest.mark.parametrize("file", [*PAGES, *CONFIGS, ROOT / "Makefile"], ids=lambda file: file.name)

@@ -2,8 +2,6 @@
 
 import struct
 
-import pytest
-
 from prefmoe.evaluation import pictures
 from prefmoe.evaluation.best_of_n import BestOfNCurve
 from prefmoe.evaluation.metrics import build_metrics

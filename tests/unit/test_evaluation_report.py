@@ -83,7 +83,10 @@ def test_the_numbers_of_the_metrics_are_on_the_page(whole_run, whole_page):
 
 
 def test_the_pairs_are_counted_and_what_was_cut_is_told(whole_page):
-    assert "900 training, 90 validation, 120 test pairs. 7 of them were too long for the model" in whole_page.text
+    assert (
+        "900 training, 90 validation, 120 test pairs. 7 of them were too long for the model"
+        in whole_page.text
+    )
     assert "the two sides of 1 of these became equal, which counts as a tie." in whole_page.text
 
 

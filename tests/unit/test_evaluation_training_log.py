@@ -24,7 +24,10 @@ def test_a_step_that_was_logged_again_after_a_resume_counts_once():
 
 def test_every_expert_has_its_curve_and_other_numbers_none():
     log = [
-        line(step, **{"eval_accuracy": 0.5, "eval_accuracy/a@half0": 0.4, "eval_loss": 0.7, "learning_rate": 1e-4})
+        line(
+            step,
+            **{"eval_accuracy": 0.5, "eval_accuracy/a@half0": 0.4, "eval_loss": 0.7, "learning_rate": 1e-4},
+        )
         for step in (0, 5)
     ] + [line(5, train_loss=0.6)]
     series = training_series(log)
@@ -33,7 +36,9 @@ def test_every_expert_has_its_curve_and_other_numbers_none():
     assert series.losses == {"validation": [(0, 0.7), (5, 0.7)]}
 
 
-@pytest.mark.parametrize("log", [[], [line(lr=0.1)], [line(loss=None)], [line(loss=0.5)], [line(train_loss=1.0)]])
+@pytest.mark.parametrize(
+    "log", [[], [line(lr=0.1)], [line(loss=None)], [line(loss=0.5)], [line(train_loss=1.0)]]
+)
 def test_a_phase_without_two_steps_has_no_curve(log):
     assert training_series(log) is None
 

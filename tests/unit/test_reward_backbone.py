@@ -52,7 +52,7 @@ def test_layers_are_cut_while_loading(folder, num_layers):
 
 @pytest.mark.parametrize("num_layers", [0, 5])
 def test_more_layers_than_there_are(folder, num_layers):
-    with pytest.raises(ConfigError, match=f"num_backbone_layers={num_layers}, but the backbone has 4 layers"):
+    with pytest.raises(ConfigError, match=f"num_layers={num_layers}, but the backbone has 4 layers"):
         load_backbone(str(folder), num_layers=num_layers)
 
 
@@ -211,5 +211,7 @@ def test_the_gguf_file_is_converted_once_and_again_only_if_that_was_interrupted(
 
 def test_a_quantized_backbone_is_refused():
     config = SimpleNamespace(model_type="llama", quantization_config={"quant_method": "fp8"})
-    with pytest.raises(ConfigError, match="the backbone is quantized, which changes .*; give the weights it was made"):
+    with pytest.raises(
+        ConfigError, match="the backbone is quantized, which changes .*; give the weights it was made"
+    ):
         check_family(config, max_length=8)

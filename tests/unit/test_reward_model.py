@@ -201,7 +201,9 @@ def test_prompts_that_cannot_be_found_are_not_guessed(shape, is_refused):
     if not is_refused:
         assert torch.equal(model(IDS).logits, told.logits)
         return
-    with pytest.raises(ConfigError, match="writes nothing before an answer.*; pass prompt_lengths, or score texts"):
+    with pytest.raises(
+        ConfigError, match="writes nothing before an answer.*; pass prompt_lengths, or score texts"
+    ):
         model(IDS)
 
 

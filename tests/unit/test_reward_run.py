@@ -109,7 +109,9 @@ def test_a_full_disk_leaves_no_half_step_and_the_next_run_goes_on(tmp_path: Path
         file.write_text(str(value)[:1])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(CheckpointError, match=r"x\.txt: could not be written .*No space left on device.*same command"):
+    with pytest.raises(
+        CheckpointError, match=r"x\.txt: could not be written .*No space left on device.*same command"
+    ):
         run.step("x.txt", lambda: 77, full, read)
     assert list((tmp_path / "steps").iterdir()) == []
     assert run.step("x.txt", lambda: 8, write, read) == 80
@@ -119,7 +121,9 @@ def test_a_step_cut_in_half_is_named(tmp_path: Path) -> None:
     run = Run(tiny_settings(tmp_path))
     run.step("x.txt", lambda: 7, write, read)
     (tmp_path / "steps" / "x.txt").write_text("")
-    with pytest.raises(CheckpointError, match=r"x\.txt: damaged or cut short .*; delete it to compute it again"):
+    with pytest.raises(
+        CheckpointError, match=r"x\.txt: damaged or cut short .*; delete it to compute it again"
+    ):
         run.step("x.txt", lambda: 7, write, read)
 
 
@@ -127,7 +131,9 @@ def test_inputs_that_changed_since_the_run_began_are_refused(tmp_path: Path) -> 
     inputs = {"the train pairs": "1", "the test pairs": "2", "the backbone": "3"}
     Run(tiny_settings(tmp_path)).check_inputs(inputs)
     Run(tiny_settings(tmp_path)).check_inputs(inputs)
-    with pytest.raises(DataError, match="the train pairs and the test pairs changed since this run began; choose"):
+    with pytest.raises(
+        DataError, match="the train pairs and the test pairs changed since this run began; choose"
+    ):
         Run(tiny_settings(tmp_path)).check_inputs(inputs | {"the train pairs": "9", "the test pairs": "9"})
 
 

@@ -157,7 +157,9 @@ def test_a_tokenizer_whose_template_was_changed_is_overruled_by_the_saved_templa
 def test_no_tokenizer_beside_the_model(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(CheckpointError, match="holds no tokenizer that can be read; copy it from the training run"):
+    with pytest.raises(
+        CheckpointError, match="holds no tokenizer that can be read; copy it from the training run"
+    ):
         RewardModel.load(folder)
 
 

@@ -52,7 +52,9 @@ def aggregator_choices(log: Sequence[LogLine]) -> dict[str, AggregatorChoice]:
     """What phase 3 kept for every task."""
     choices = {}
     for line in (_extra(line) for line in log if line.phase == "phase3"):
-        evidence = {k.removeprefix("evidence/"): float(v) for k, v in line.items() if k.startswith("evidence/")}
+        evidence = {
+            k.removeprefix("evidence/"): float(v) for k, v in line.items() if k.startswith("evidence/")
+        }
         if "task" in line:
             choices[str(line["task"])] = AggregatorChoice(str(line.get("kept", "")), evidence)
     return choices

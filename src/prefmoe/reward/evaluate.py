@@ -172,7 +172,9 @@ def warn_of_unknown_tasks(pairs: Sequence[PreferencePair], known: Sequence[str])
 def warn_of_truncation(encoded: EncodedPairs, max_length: int) -> None:
     """A warning that counts the pairs that lost tokens, and those whose sides became equal by that."""
     if encoded.num_truncated:
-        ties = f"; the sides of {encoded.num_equal} became equal and count as ties" if encoded.num_equal else ""
+        ties = (
+            f"; the sides of {encoded.num_equal} became equal and count as ties" if encoded.num_equal else ""
+        )
         warnings.warn(
             f"{encoded.num_truncated} of {len(encoded.pairs)} pairs lost tokens to fit the model's {max_length}{ties}",
             PrefmoeWarning,

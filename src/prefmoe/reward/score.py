@@ -130,7 +130,9 @@ class RewardModel:
         try:
             tokenizer = tokenizer_of(Path(folder))
         except (OSError, ValueError) as problem:
-            raise CheckpointError(f"{folder}: holds no tokenizer that can be read; copy it from the training run") from problem
+            raise CheckpointError(
+                f"{folder}: holds no tokenizer that can be read; copy it from the training run"
+            ) from problem
         config = model.config
         renderer = Renderer(tokenizer, max_length=config.max_tokens, chat_template=config.chat_template)
         return cls(model, renderer, batch_tokens=batch_tokens)
