@@ -96,6 +96,14 @@ def test_the_same_command_again_reads_what_is_there(demo, monkeypatch):
     assert {**after, "seconds": {}} == {**before, "seconds": {}}
 
 
+def test_a_place_where_no_run_can_be_kept_is_told_before_anything_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(module, "pretrain_backbone", lambda *_, **__: pytest.fail("trained for nothing"))
+    result = run_cli("demo", "--out", tmp_path / "file")
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert result.stderr.endswith("/file: no run can be kept there; File exists; choose another --out\n")
+
+
 def test_a_backbone_that_was_killed_while_it_was_written_is_made_again(tmp_path, monkeypatch):
     world = module.World(0)
 

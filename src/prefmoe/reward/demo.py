@@ -30,6 +30,7 @@ from prefmoe.evaluation.report import build_report
 from prefmoe.evaluation.run_folder import write_run_file
 from prefmoe.reward.evaluate import evaluate_models
 from prefmoe.reward.progress import Advance, Progress, silent
+from prefmoe.reward.run import make_folder
 from prefmoe.reward.score import score_texts
 from prefmoe.reward.settings import RewardSettings, check_settings
 from prefmoe.reward.train import Models, train_models
@@ -70,6 +71,7 @@ class DemoResult(NamedTuple):
 def run_demo(out: Path, *, size: DemoSize = FULL, seed: int = 0, progress: Progress = silent) -> DemoResult:
     """Trains and compares a single reward model, one per task, and DMoERM; writes a run folder with a report."""
     world = World(seed)
+    make_folder(out)
     start = time.perf_counter()
     backbone = out / "backbone"
     is_new = not backbone.exists()
