@@ -96,15 +96,24 @@ def test_the_same_command_again_reads_what_is_there(demo, monkeypatch):
     assert {**after, "seconds": {}} == {**before, "seconds": {}}
 
 
+def test_a_place_where_no_run_can_be_kept_is_told_before_anything_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(module, "pretrain_backbone", lambda *_, **__: pytest.fail("trained for nothing"))
+    result = run_cli("demo", "--out", tmp_path / "file")
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert result.stderr.endswith("/file: no run can be kept there; File exists; choose another --out\n")
+
+
 def test_a_backbone_that_was_killed_while_it_was_written_is_made_again(tmp_path, monkeypatch):
     world = module.World(0)
 
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(module.PreTrainedTokenizerFast, "save_pretrained", killed)
-        module.pretrain_backbone(tmp_path / "backbone", world, steps=1, seed=0)
+        with pytest.raises(KeyboardInterrupt):
+            module.pretrain_backbone(tmp_path / "backbone", world, steps=1, seed=0)
     assert not (tmp_path / "backbone").exists()
     module.pretrain_backbone(tmp_path / "backbone", world, steps=1, seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["backbone"]

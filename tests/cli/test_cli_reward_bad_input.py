@@ -155,6 +155,12 @@ MISTAKES = [
         3,
     ),
     Mistake(
+        "nothing left to train on",
+        setting("data.validation=null", "data.validation_fraction=0.999"),
+        "no pair is left to train on; give more of them, or a smaller data.validation_fraction\n",
+        3,
+    ),
+    Mistake(
         "some rows without a task",
         rows("train.jsonl", changed(8, task=None)),
         "train: 1 of 100 pairs have no 'task', the first is 'train/advice/7'; name the task of all",

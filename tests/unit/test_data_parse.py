@@ -176,6 +176,30 @@ def test_implicit_prompt_is_what_both_sides_begin_with():
     assert (pair.chosen, pair.rejected) == (assistant("A."), assistant("Hello"))
 
 
+def test_a_transcript_of_hh_rlhf_brings_its_prompt():
+    asked = "\n\nHuman: Hi:\n\nAssistant: Hello\n\nHuman: And\n\nnow?"
+    (pair,) = pairs_of({"chosen": f"{asked}\n\nAssistant: So.\n", "rejected": f"{asked}\n\nAssistant: No."})
+    assert [(m.role, m.content) for m in pair.prompt] == [
+        ("user", "Hi:"),
+        ("assistant", "Hello"),
+        ("user", "And\n\nnow?"),
+    ]
+    assert (pair.chosen, pair.rejected) == ((Message("assistant", "So."),), (Message("assistant", "No."),))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "sentence"),
+    [
+        ("The sky is blue.", "The sky is red.", "'prompt' is missing"),  # where a prompt ends is not guessed
+        ("\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Hi\n\nAssistant: No.", "'chosen' is empty"),
+        ("\n\nHuman: Hi\n\nAssistant: So.", "\n\nHuman: Ho\n\nAssistant: No.", "'prompt' is missing"),
+        ("\n\nHuman: Hi\n\nAssistant: So.", 5, "'rejected' has the wrong type"),
+    ],
+)
+def test_a_prompt_that_the_sides_do_not_share_is_missing(chosen, rejected, sentence):
+    assert any(sentence in problem for problem in problems_of({"chosen": chosen, "rejected": rejected}))
+
+
 def test_prompt_repeated_in_the_sides_is_taken_off():
     (pair,) = pairs_of({"prompt": "Hi", "chosen": TALK, "rejected": [TALK[0], *ANSWER]})
     assert (pair.prompt, pair.chosen, pair.rejected) == (user("Hi"), assistant("Hello"), assistant("A."))

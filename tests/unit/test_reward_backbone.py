@@ -51,7 +51,7 @@ def test_layers_are_cut_while_loading(folder, num_layers):
 
 @pytest.mark.parametrize("num_layers", [0, 5])
 def test_more_layers_than_there_are(folder, num_layers):
-    with pytest.raises(ConfigError, match=f"num_backbone_layers={num_layers}, but the backbone has 4 layers"):
+    with pytest.raises(ConfigError, match=f"num_layers={num_layers}, but the backbone has 4 layers"):
         load_backbone(str(folder), num_layers=num_layers)
 
 

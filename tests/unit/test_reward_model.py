@@ -107,7 +107,7 @@ def test_only_our_parts_can_be_trained():
 
 
 def test_a_model_without_a_given_backbone_makes_its_own_of_that_shape():
-    model = DMoERMForSequenceClassification(config())
+    model = DMoERMForSequenceClassification(config(response_marker=[5]))
     assert model.backbone.state_dict().keys() == tiny_backbone().state_dict().keys()
     assert model(IDS).logits.shape == (4, 1)
 
@@ -183,6 +183,28 @@ def test_prompts_found_by_the_marker_are_the_same_as_given_ones():
     assert torch.equal(found.logits, told.logits)
     assert torch.equal(found.task_probs, told.task_probs)
     assert not torch.allclose(found.task_probs, other.task_probs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_refused"),
+    [
+        ({"pooling": "last"}, True),
+        ({"pooling": "mean", "tasks": {"all": []}}, True),
+        ({"pooling": "last", "tasks": {"all": []}}, False),
+    ],
+)
+def test_prompts_that_cannot_be_found_are_not_guessed(shape, is_refused):
+    """Templates like those of Llama 2 and Mistral write nothing between the prompt and the answer."""
+    model = tiny_reward_model(response_marker=[], **shape)
+    told = model(IDS, prompt_lengths=torch.full((len(IDS),), 4))
+    assert torch.isfinite(told.logits).all()
+    if not is_refused:
+        assert torch.equal(model(IDS).logits, told.logits)
+        return
+    with pytest.raises(
+        ConfigError, match="writes nothing before an answer.*; pass prompt_lengths, or score texts"
+    ):
+        model(IDS)
 
 
 # --- hooks -------------------------------------------------------------------------------------------------

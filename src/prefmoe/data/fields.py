@@ -1,5 +1,6 @@
 """Checks of single columns. Each adds a sentence to `problems` for each thing that is wrong, and goes on."""
 
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
@@ -72,6 +73,16 @@ def _is_unicode(text: str, name: str, problems: list[str]) -> bool:
         problems.append(f"'{name}' holds half a surrogate pair; got {half}; write the whole character")
         return False
     return True
+
+
+def transcript_of(given: object) -> object:
+    r"""Messages of a transcript as hh-rlhf writes them ("\n\nHuman: Hi\n\nAssistant: Hello"); else what was given."""
+    if not isinstance(given, str) or not given.startswith("\n\nHuman:"):
+        return given
+    _, *parts = re.split(r"\n\n(Human|Assistant):", given)
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[speaker], "content": text.strip()} for speaker, text in turns]
 
 
 def name_of(values: Values, name: str, problems: list[str]) -> str | None:

@@ -12,6 +12,7 @@ from prefmoe.data.fields import (
     missing,
     name_of,
     number_of,
+    transcript_of,
 )
 from prefmoe.data.text import common_length, short
 from prefmoe.records import Completion, Messages, PreferencePair
@@ -122,8 +123,11 @@ def _completions_of(values: Values, prompt: Messages, problems: list[str]) -> li
 
 def _pair_texts(values: Values, problems: list[str]) -> tuple[Messages, Messages, Messages]:
     """Prompt, chosen and rejected."""
-    if values.get("prompt") is None and (shared := _shared_start(values)):
-        values = {**values, "prompt": shared}
+    if values.get("prompt") is None:
+        sides = {name: transcript_of(values[name]) for name in ("chosen", "rejected") if name in values}
+        values = {**values, **sides}
+        if shared := _shared_start(values):
+            values = {**values, "prompt": shared}
     prompt = _prompt_of(values, problems)
     chosen, rejected = (_completion_of(values, name, prompt, problems) for name in ("chosen", "rejected"))
     return prompt, chosen, rejected

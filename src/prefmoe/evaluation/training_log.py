@@ -33,9 +33,9 @@ class TrainingSeries(NamedTuple):
         experts: Validation accuracy of each expert.
     """
 
-    losses: dict[str, Series]
+    losses: Mapping[str, Series]
     mean: Series
-    experts: dict[str, Series]
+    experts: Mapping[str, Series]
 
 
 def split_counts(log: Sequence[LogLine]) -> dict[str, SplitCounts]:

@@ -92,9 +92,7 @@ def cut_layers(model: PreTrainedModel, num_layers: int) -> None:
         ConfigError: the model has fewer layers.
     """
     if not 1 <= num_layers <= len(model.layers):
-        raise ConfigError(
-            f"num_backbone_layers={num_layers}, but the backbone has {len(model.layers)} layers"
-        )
+        raise ConfigError(f"num_layers={num_layers}, but the backbone has {len(model.layers)} layers")
     model.layers = model.layers[:num_layers]
     model.config.num_hidden_layers = num_layers
     if getattr(model.config, "layer_types", None):

@@ -19,7 +19,7 @@ class DMoERMConfig(PreTrainedConfig):
     capabilities in the order given here.
 
     Args:
-        text_config: Config of the backbone, already cut to `num_backbone_layers`.
+        text_config: Config of the backbone, already cut to its first layers.
         backbone: Where the frozen weights come from: a folder, a known name or a hub id.
         backbone_hash: Hash of the frozen weights that the experts were trained on.
         includes_backbone: True if the saved folder holds the frozen weights too.

@@ -34,6 +34,7 @@ from prefmoe.reward.settings import RewardSettings, check_settings
 from prefmoe.reward.train import Models, train_models
 from prefmoe.reward.workbench import Workbench, build_workbench
 from prefmoe.runs.progress import Advance, Progress, silent
+from prefmoe.runs.run import make_folder
 
 _WORDS = r"[a-z']+|[^\sa-z]"  # of lower-case text
 _SPECIAL = ["<pad>", "</s>", "<unk>", "<user>", "<assistant>"]
@@ -70,6 +71,7 @@ class DemoResult(NamedTuple):
 def run_demo(out: Path, *, size: DemoSize = FULL, seed: int = 0, progress: Progress = silent) -> DemoResult:
     """Trains and compares a single reward model, one per task, and DMoERM; writes a run folder with a report."""
     world = World(seed)
+    make_folder(out)
     start = time.perf_counter()
     backbone = out / "backbone"
     is_new = not backbone.exists()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from prefmoe.errors import ConfigError
 from prefmoe.nn import RoutingMode, TaskRouter, build_aggregator, pack_left, route, router_features
 from prefmoe.reward.artefact import ArtefactMixin
 from prefmoe.reward.backbone import check_family, embed, new_backbone, run_layers
@@ -129,16 +130,27 @@ class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
                 standardized rewards of all tasks with the router's probabilities.
 
         Raises:
-            ConfigError: `routing` is unknown, or "given" without `task_ids` or the other way round.
+            ConfigError: `routing` is unknown, or "given" without `task_ids` or the other way round; or the chat
+                template marks no end of the prompt and `prompt_lengths` are not given.
             ShapeError: a given task does not exist, or a row has no real token.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         input_ids, lengths = pack_left(input_ids, mask.bool())
         if prompt_lengths is None:
+            self._check_that_prompts_can_be_found()
             prompt_lengths = find_prompt_lengths(input_ids, lengths, self.config.response_marker)
         return self.from_trunk(
             self.trunk(input_ids), lengths, prompt_lengths, task_ids=task_ids, routing=routing
         )
+
+    def _check_that_prompts_can_be_found(self) -> None:
+        """A router that reads the answer too, or a mean over the prompt too, would be wrong without a word."""
+        is_needed = len(self.config.tasks) > 1 or self.config.pooling == "mean"
+        if is_needed and not self.config.response_marker:
+            raise ConfigError(
+                "the chat template writes nothing before an answer, so the end of the prompt cannot be found in "
+                "token ids; pass prompt_lengths, or score texts with RewardModel"
+            )
 
     def trunk(self, input_ids: Tensor) -> Tensor:
         """States (batch, seq, hidden) after the shared lower layers, for rows packed to the left."""

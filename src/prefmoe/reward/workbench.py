@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefmoe.data.render import Renderer
 from prefmoe.data.split import prompt_hash
-from prefmoe.errors import ConfigError
+from prefmoe.errors import ConfigError, DataError
 from prefmoe.hub import resolve_backbone
 from prefmoe.records import PreferencePair
 from prefmoe.reward.backbone import load_backbone, weights_hash
@@ -149,6 +149,10 @@ def _labelled_splits(
     splits = pairs if pairs is not None else read_splits(data, seed)
     splits = {name: with_task(rows, name) for name, rows in splits.items()}
     undrawn = splits["train"]
+    if not undrawn:
+        raise DataError(
+            "no pair is left to train on; give more of them, or a smaller data.validation_fraction"
+        )
     splits["train"] = draw_per_task(undrawn, data.max_pairs_per_task, seed)
     splits["validation"] = draw_per_task(splits["validation"], data.max_validation_pairs_per_task, seed)
     splits = {name: label_capabilities(rows, data) for name, rows in splits.items()}

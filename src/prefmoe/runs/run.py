@@ -52,7 +52,7 @@ class Run:
         config = yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True)
         file = self.folder / "config.yaml"
         if self.is_main:
-            _make_folder(self.folder)
+            make_folder(self.folder)
             if file.exists() and not _same_work(file.read_text(encoding="utf-8"), config):
                 raise ConfigError(
                     f"{self.folder} holds a run with another config; choose another --out or delete it"
@@ -201,7 +201,8 @@ def _cut_after_last_line(file: Path) -> None:
         os.truncate(file, content.rfind(b"\n") + 1)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Makes a run folder if it is not there; raises ConfigError where none can be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
