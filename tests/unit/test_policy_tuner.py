@@ -18,6 +18,7 @@ IDS = tokens()
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # peft 0.21 asks transformers 5 for it
     "ignore:Could not find a config file in:UserWarning",  # base models here have no name on a hub
+    "ignore:Already found a `peft_config` attribute:UserWarning",  # transformers adds adapters so
 )
 
 
@@ -109,8 +110,8 @@ def test_a_second_adapter_can_be_added_set_loaded_and_deleted(changes, saved):
     model.load_adapter(folder, "third")
     model.set_adapter("third")
     assert torch.equal(logits(model), first)
-    model.delete_adapter("third")
     model.set_adapter("default")
+    model.delete_adapter("third")
     assert torch.equal(logits(model), first)
     model.delete_adapter("second")
     assert not [name for name, _ in model.named_parameters() if ".second." in name or ".third." in name]
@@ -233,7 +234,8 @@ def test_biases_are_trained_as_asked(bias, trained):
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 @every_config
 def test_a_bfloat16_base_has_a_float32_or_a_bfloat16_adapter(changes, autocast_adapter_dtype, saved):
-    base = tiny_lm(dtype=torch.bfloat16)
+    changes = {**changes, "alpha": 4.0}
+    base, exact = tiny_lm(dtype=torch.bfloat16), tiny_lm(dtype=torch.bfloat16).float()
     expected = logits(base)
     model = get_peft_model(base, pmol_config(**changes), autocast_adapter_dtype=autocast_adapter_dtype)
     model = model.eval()
@@ -243,9 +245,9 @@ def test_a_bfloat16_base_has_a_float32_or_a_bfloat16_adapter(changes, autocast_a
     randomize(model)
     got = logits(model)
     assert got.dtype == torch.bfloat16
-    exact = logits(tiny_policy(**changes))
+    exact = logits(tiny_policy(exact, **changes))
     if changes.get("top_k") is None:  # which expert comes first may turn on a rounding
-        assert (got.float() - exact).norm() < 0.05 * exact.norm()
+        assert (got.float() - exact).norm() < 0.1 * exact.norm()
     folder = saved(model)
     loaded = PeftModel.from_pretrained(
         tiny_lm(dtype=torch.bfloat16), folder, autocast_adapter_dtype=autocast_adapter_dtype
@@ -327,7 +329,7 @@ def test_a_plain_module_whose_layers_see_different_tokens():
     x = torch.randn(8, 6)
     plain = TwoPaths()
     expected = plain(x)
-    config = pmol_config(task_type=None, target_modules=["down", "0", "1"], router_scope="linear")
+    config = pmol_config(task_type=None, target_modules=["down", "0", "1"], router_scope="linear", group_loss="none")
     model = get_peft_model(plain, config)
     assert torch.equal(model(x), expected)
     randomize(model)

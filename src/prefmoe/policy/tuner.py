@@ -98,7 +98,10 @@ class PMoLModel(BaseTuner):
         """
         preferences = kwargs.pop("preferences", None)
         routings = [] if self._is_disabled() else [self.routings[name] for name in self._adapters_in_use()]
-        self._ends.append([self._begin(routing, model, args, kwargs, preferences) for routing in routings])
+        ends: list[Callable[[], None]] = []
+        self._ends.append(ends)  # first of all: `_after_forward` comes even if one of these raises
+        for routing in routings:
+            ends.append(self._begin(routing, model, args, kwargs, preferences))
         return args, kwargs
 
     def _after_forward(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
