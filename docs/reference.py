@@ -38,7 +38,8 @@ def policy_settings_reference() -> str:
 
 def _tables(settings: type[BaseModel]) -> str:
     tables = [
-        f"### `{path}`\n\n{_first_line(section)}\n\n{_table(section)}" for path, section in _sections(settings)
+        f"### `{path}`\n\n{_first_line(section)}\n\n{_table(section)}"
+        for path, section in _sections(settings)
     ]
     own = f"### top level\n\n{_table(settings)}"
     return "\n" + "\n\n".join([*tables, own]) + "\n"

@@ -104,3 +104,64 @@ def test_gradients_of_many_bfloat16_rows_are_summed_in_float32():
     x = torch.ones(1024, 1, 1, dtype=torch.bfloat16)
     bank.select(x, torch.zeros(1024, dtype=torch.long)).sum().backward()
     assert bank.A.grad[0].item() == 1024
+
+
+def test_mix_with_one_expert_at_weight_1_is_peft_lora_gradients_included():
+    torch.manual_seed(0)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["linear"], lora_dropout=0.0)
+    base = nn.Sequential()
+    base.add_module("linear", nn.Linear(IN, OUT))
+    model = get_peft_model(base, config)
+    layer = model.base_model.model.linear
+    bank = LoraBank(IN, OUT, num_experts=1, rank=RANK, alpha=ALPHA)
+    nn.init.normal_(bank.B)
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(bank.A[0])
+        layer.lora_B["default"].weight.copy_(bank.B[0])
+    x, target = torch.randn(3, 7, IN), torch.randn(3, 7, OUT)
+    ours, theirs = layer.base_layer(x) + bank.mix(x, torch.ones(3, 7, 1)), model(x)
+    torch.testing.assert_close(ours, theirs)
+    ((ours - target).square().sum()).backward()
+    ((theirs - target).square().sum()).backward()
+    torch.testing.assert_close(bank.A.grad[0], layer.lora_A["default"].weight.grad)
+    torch.testing.assert_close(bank.B.grad[0], layer.lora_B["default"].weight.grad)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5], ids=["fewer tokens than the rank", "more"])
+def test_gradients_of_mix_pass_gradcheck(bank, num_tokens):
+    bank = bank.double()
+    x = torch.randn(num_tokens, IN, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(num_tokens, NUM_EXPERTS, dtype=torch.float64, requires_grad=True)
+
+    def mix(x, weights, *_):
+        return bank.mix(x, weights)
+
+    assert torch.autograd.gradcheck(mix, (x, weights, bank.A, bank.B))
+
+
+def test_the_way_for_few_tokens_equals_the_way_for_many(bank):
+    x, weights = torch.randn(RANK, IN), torch.rand(RANK, NUM_EXPERTS)
+    many = bank.mix(x, weights)
+    few = torch.stack([bank.mix(token, shares) for token, shares in zip(x, weights, strict=True)])
+    torch.testing.assert_close(few, many, rtol=1e-6, atol=1e-6)
+
+
+def test_shrink_beside_is_shrink_and_a_linear_layer(bank):
+    x, rows = torch.randn(5, 7, IN), torch.randn(4, IN)
+    low, logits = bank.shrink_beside(x, rows)
+    torch.testing.assert_close(low, bank.shrink(x))
+    torch.testing.assert_close(logits, nn.functional.linear(x, rows))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64])
+def test_a_mixture_of_bfloat16_tokens_is_bfloat16_and_near_the_exact_one(bank, num_tokens):
+    x, weights = torch.randn(num_tokens, IN).bfloat16(), torch.rand(num_tokens, NUM_EXPERTS).softmax(dim=-1)
+    exact = LoraBank(IN, OUT, num_experts=NUM_EXPERTS, rank=RANK, alpha=ALPHA).double()
+    exact.load_state_dict(bank.state_dict())
+    added, expected = bank.mix(x, weights), exact.mix(x.double(), weights.double())
+    assert added.dtype == torch.bfloat16
+    torch.testing.assert_close(added.double(), expected, rtol=0.03, atol=0.1)
+    added.float().square().mean().backward()
+    expected.square().mean().backward()
+    assert bank.A.grad.dtype == torch.float32
+    torch.testing.assert_close(bank.B.grad.double(), exact.B.grad, rtol=0.03, atol=0.2)

@@ -12,3 +12,15 @@ def select(x, A, B, expert_ids, *, alpha, rank):
         tokens = [matrix_vector(B[expert], matrix_vector(A[expert], token)) for token in row]
         added.append([[alpha / rank * value for value in token] for token in tokens])
     return added
+
+
+def mix(x, A, B, weights, *, alpha, rank):
+    """The sum over experts of w_e alpha / rank * B[e] A[e] x for every token: one expert at a time."""
+    added = []
+    for token, shares in zip(x, weights, strict=True):
+        total = [0.0] * len(B[0])
+        for down, up, share in zip(A, B, shares, strict=True):
+            one = matrix_vector(up, matrix_vector(down, token))
+            total = [t + share * alpha / rank * value for t, value in zip(total, one, strict=True)]
+        added.append(total)
+    return added

@@ -6,7 +6,6 @@ weights holds the experts in the order of the bank, then the empty one if there 
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -53,7 +52,7 @@ class ExpertGroups:
                 raise ConfigError(f"groups: {name!r} has {size} experts; every group needs 1 or more.")
 
     @classmethod
-    def of(cls, sizes: dict[str, int], *, has_empty: bool = True) -> Self:
+    def of(cls, sizes: dict[str, int], *, has_empty: bool = True) -> "ExpertGroups":
         """From a dictionary of sizes by name."""
         return cls(tuple(sizes), tuple(sizes.values()), has_empty)
 
@@ -140,8 +139,8 @@ class _Float32Linear(torch.autograd.Function):
             if needs_x:
                 grad_x = (grad @ at_least_float32(weight)).to(x.dtype)
             if needs_weight:
-                flat = at_least_float32(x).flatten(0, -2)
-                grad_weight = (grad.flatten(0, -2).T @ flat).to(weight.dtype)
+                flat = at_least_float32(x).reshape(-1, x.shape[-1])
+                grad_weight = (grad.reshape(len(flat), -1).T @ flat).to(weight.dtype)
         return grad_x, grad_weight
 
 
@@ -231,10 +230,11 @@ def route_tokens(
         return weights
     experts = weights[..., : groups.num_experts]
     kept = torch.zeros_like(experts).scatter(-1, experts.topk(top_k, dim=-1).indices, 1.0)
-    experts = experts * kept
     if not groups.has_empty:
-        return experts
-    return torch.cat([experts, 1 - experts.sum(dim=-1, keepdim=True)], dim=-1)
+        return experts * kept
+    # Not 1 - the sum of what is kept, which rounding takes below 0.
+    dropped = (experts * (1 - kept)).sum(dim=-1, keepdim=True)
+    return torch.cat([experts * kept, weights[..., -1:] + dropped], dim=-1)
 
 
 def group_log_masses(

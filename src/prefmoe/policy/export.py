@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prefmoe.errors import ConfigError
 from prefmoe.nn import LoraBank
 from prefmoe.policy.inspect import inspect_routing
-from prefmoe.policy.layer import PMoLLayer
+from prefmoe.policy.layer import PMoLLinear
 from prefmoe.policy.logps import completion_logps
 from prefmoe.policy.pairs import Text
 from prefmoe.policy.tuner import PMoLModel
@@ -56,7 +56,7 @@ def export_lora(
     by_expert = torch.tensor(
         [weights.get(groups.names[owner], 0.0) / groups.sizes[owner] for owner in groups.owners]
     )
-    layers = {name: layer for name, layer in tuner.model.named_modules() if isinstance(layer, PMoLLayer)}
+    layers = {name: layer for name, layer in tuner.model.named_modules() if isinstance(layer, PMoLLinear)}
     found = {name: layer.pmol_bank[adapter] for name, layer in layers.items() if adapter in layer.pmol_bank}
     banks = {name: bank for name, bank in found.items() if isinstance(bank, LoraBank)}
     routed = completion_logps(model, texts) if texts else None

@@ -44,14 +44,15 @@ class Site:
     routing: AdapterRouting
 
 
-class PMoLLayer(nn.Module, BaseTunerLayer):
+class PMoLLinear(nn.Module, BaseTunerLayer):
     r"""What PEFT puts in a linear layer's place: the layer, and for every adapter its experts and maybe its router.
 
     The layer's output is $W x + \frac{\alpha}{r} \sum_e w_e B_e A_e x$. The weights $w$ are decided by a router: this
     layer's own, or that of the first layer of its block or of the model (`PMoLConfig.router_scope`).
 
     Containers hold one module an adapter, whose parameters lie directly in it: PEFT and TRL find adapters in names
-    of the form `container.adapter.parameter`, and silently lose those that are deeper.
+    of the form `container.adapter.parameter`, and silently lose those that are deeper. The class has "Linear" in its
+    name, by which PEFT finds it again when a second adapter targets "all-linear".
 
     Args:
         base_layer: The linear layer, of any kind that has an input and an output width; it stays as it is.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prefmoe.errors import ConfigError, PrefmoeWarning
 from prefmoe.nn import steering_factors
 from prefmoe.policy.config import PMoLConfig
-from prefmoe.policy.layer import MERGE_REFUSED, PMoLLayer, Site, block_of
+from prefmoe.policy.layer import MERGE_REFUSED, PMoLLinear, Site, block_of
 from prefmoe.policy.preferences import as_target, mask_of_batch
 from prefmoe.policy.routing import AdapterRouting, RoutedBatch, RouterRecord
 from prefmoe.suggest import nearest
@@ -30,7 +30,7 @@ class PMoLModel(BaseTuner):
     """
 
     prefix: str = "pmol_"
-    tuner_layer_cls = PMoLLayer
+    tuner_layer_cls = PMoLLinear
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     routings: dict[str, AdapterRouting]
@@ -60,7 +60,7 @@ class PMoLModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, PMoLLayer) else _new_layer(target, current_key)
+        layer = target if isinstance(target, PMoLLinear) else _new_layer(target, current_key)
         routing = self.routings[adapter_name]
         site, decides = self._site(current_key, adapter_name, routing)
         layer.update_layer(adapter_name, site, decides=decides)
@@ -99,7 +99,10 @@ class PMoLModel(BaseTuner):
         """
         preferences = kwargs.pop("preferences", None)
         routings = [] if self._is_disabled() else [self.routings[name] for name in self._adapters_in_use()]
-        self._ends.append([self._begin(routing, args, kwargs, preferences) for routing in routings])
+        ends: list[Callable[[], None]] = []
+        self._ends.append(ends)  # first of all: `_after_forward` comes even if one of these raises
+        for routing in routings:
+            ends.append(self._begin(routing, model, args, kwargs, preferences))
         kwargs.pop("routing_mask", None)
         return args, kwargs
 
@@ -108,12 +111,13 @@ class PMoLModel(BaseTuner):
             end()
 
     def _adapters_in_use(self) -> list[str]:
-        layer = next(module for module in self.model.modules() if isinstance(module, PMoLLayer))
+        layer = next(module for module in self.model.modules() if isinstance(module, PMoLLinear))
         return [name for name in layer.active_adapters if name in self.routings]
 
     def _begin(
         self,
         routing: AdapterRouting,
+        model: nn.Module,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         preferences: Tensor | None,
@@ -126,13 +130,14 @@ class PMoLModel(BaseTuner):
         if wanted is not None:
             side = routing.config.group_loss_on
             target = as_target(wanted, routing.groups, batch_size=len(mask), side=side).to(mask.device)
-        if self.training and torch.is_grad_enabled():
-            _refuse_reentrant_checkpointing(self.model, routing.config)
+        # The model's mode, not ours: transformers injects adapters and lets the tuner go.
+        if model.training and torch.is_grad_enabled():
+            _refuse_reentrant_checkpointing(model, routing.config)
             _warn_without_preferences(routing, target)
-        return routing.begin(RoutedBatch(mask, target, self.training))
+        return routing.begin(RoutedBatch(mask, target, model.training))
 
     def _is_disabled(self) -> bool:
-        layer = next((module for module in self.model.modules() if isinstance(module, PMoLLayer)), None)
+        layer = next((module for module in self.model.modules() if isinstance(module, PMoLLinear)), None)
         return layer is None or layer.disable_adapters
 
     def set_preference_weights(
@@ -204,14 +209,14 @@ class PMoLModel(BaseTuner):
         raise ConfigError(MERGE_REFUSED)
 
 
-def _new_layer(target: nn.Module, name: str) -> PMoLLayer:
+def _new_layer(target: nn.Module, name: str) -> PMoLLinear:
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base, nn.Embedding | nn.modules.conv._ConvNd) or not _has_widths(base):
         raise ConfigError(
             f"target module {name!r} is a {type(base).__name__}; PMoL's experts sit in linear layers; exclude it"
         )
     in_features, out_features = _get_in_out_features(base)
-    return PMoLLayer(target, in_features=in_features, out_features=out_features)
+    return PMoLLinear(target, in_features=in_features, out_features=out_features)
 
 
 def _has_widths(layer: nn.Module) -> bool:
