@@ -15,7 +15,6 @@ from prefmoe.nn import (
 from prefmoe.policy.routing import AdapterRouting
 from tiny_policy import pmol_config, randomize, tiny_lm, tiny_policy, tokens
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 IDS, PREFERENCES = tokens(), torch.tensor([0, 1, -1, 1])
 LABELS = IDS.clone().index_fill(1, torch.tensor([0, 1, 2]), -100)

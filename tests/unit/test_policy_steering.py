@@ -6,7 +6,6 @@ import torch
 from prefmoe.errors import ConfigError, ShapeError
 from tiny_policy import CONFIGS, tiny_policy, tokens
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 every_config = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 IDS = tokens(3, 6)
 

@@ -102,7 +102,7 @@ class PMoLModel(BaseTuner):
         ends: list[Callable[[], None]] = []
         self._ends.append(ends)  # first of all: `_after_forward` comes even if one of these raises
         for routing in routings:
-            ends.append(self._begin(routing, model, args, kwargs, preferences))
+            ends.append(self._begin(routing, args, kwargs, preferences=preferences))
         kwargs.pop("routing_mask", None)
         return args, kwargs
 
@@ -117,9 +117,9 @@ class PMoLModel(BaseTuner):
     def _begin(
         self,
         routing: AdapterRouting,
-        model: nn.Module,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
+        *,
         preferences: Tensor | None,
     ) -> Callable[[], None]:
         mask = mask_of_batch(args, kwargs)
@@ -131,10 +131,11 @@ class PMoLModel(BaseTuner):
             side = routing.config.group_loss_on
             target = as_target(wanted, routing.groups, batch_size=len(mask), side=side).to(mask.device)
         # The model's mode, not ours: transformers injects adapters and lets the tuner go.
-        if model.training and torch.is_grad_enabled():
-            _refuse_reentrant_checkpointing(model, routing.config)
+        is_training = self.model.training
+        if is_training and torch.is_grad_enabled():
+            _refuse_reentrant_checkpointing(self.model, routing.config)
             _warn_without_preferences(routing, target)
-        return routing.begin(RoutedBatch(mask, target, model.training))
+        return routing.begin(RoutedBatch(mask, target, is_training))
 
     def _is_disabled(self) -> bool:
         layer = next((module for module in self.model.modules() if isinstance(module, PMoLLinear)), None)
