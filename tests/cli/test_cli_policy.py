@@ -182,7 +182,7 @@ def test_export_writes_a_lora_and_says_how_far_off_it_is(trained, tmp_path):
         (["--set", "methods=[pmoll]"], 4, "methods.0: Input should be 'pmol'"),
         (["--set", "data.train=nowhere.jsonl"], 3, "nowhere.jsonl"),
         (["--set", "data.preferences=[helpfull]"], 3, "did you mean 'helpful'?"),
-        (["--set", "adapter.target_modules=[q_projj]"], 4, "nearest: 'q_proj' (4 modules)"),
+        (["--set", "adapter.target_modules=[q_projj]"], 4, "nearest: 'q_proj' (2 modules)"),
         (["--set", "adapter.experts_per_group=0"], 4, "adapter.experts_per_group"),
         (["--set", "adapter.router=recurrent", "--set", "adapter.router_scope=model"], 4, "choose 'block'"),
         (["--set", "model.name=/nowhere/at/all"], 4, "model '/nowhere/at/all'"),

@@ -15,7 +15,6 @@ from prefmoe.nn import (
 from prefmoe.policy.routing import AdapterRouting
 from tiny_policy import pmol_config, randomize, tiny_lm, tiny_policy, tokens
 
-
 IDS, PREFERENCES = tokens(), torch.tensor([0, 1, -1, 1])
 LABELS = IDS.clone().index_fill(1, torch.tensor([0, 1, 2]), -100)
 LOUD = {"group_loss_weight": 10.0, "balance_loss_weight": 3.0, "empty_loss_weight": 2.0}
@@ -197,8 +196,7 @@ def test_training_without_preferences_warns_once_and_names_the_remedy():
     randomize(model)
     model.train()
     with pytest.warns(PrefmoeWarning, match=r"trains without preferences.*connect_preferences") as caught:
-        model(input_ids=IDS, labels=LABELS)
-        model(input_ids=IDS, labels=LABELS)
+        [model(input_ids=IDS, labels=LABELS) for _ in range(2)]
     assert len([w for w in caught if w.category is PrefmoeWarning]) == 1
 
 

@@ -196,3 +196,14 @@ def test_an_export_of_real_routers_says_how_far_off_it_is_and_can_be_merged(tmp_
 def test_an_export_knows_its_groups(tmp_path):
     with pytest.raises(ConfigError, match="there is no group 'warm'; groups are helpful, harmless"):
         export_lora(policy(), tmp_path, weights={"warm": 1.0})
+
+
+def test_a_saved_adapter_says_in_its_first_lines_how_to_load_it(tmp_path):
+    model = policy()
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    body = card.split("---\n", 2)[2]
+    assert body.lstrip().startswith("> **This is a PMoL adapter")
+    assert card.count("import prefmoe  # registers the PEFT type") == 1
+    assert "library_name: peft" in card

@@ -28,6 +28,7 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",  # our own bars say what they are of
     "TRANSFORMERS_VERBOSITY": "error",
 }
 

@@ -2,12 +2,14 @@
 
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig, PeftType
 
 from prefmoe.errors import ConfigError, PrefmoeWarning, join_problems
 from prefmoe.nn import ExpertGroups
+from prefmoe.policy.card import say_how_to_load
 from prefmoe.suggest import nearest
 
 RouterScope = Literal["linear", "block", "model"]
@@ -124,6 +126,11 @@ class PMoLConfig(PeftConfig):
                 stacklevel=3,
             )
             self.group_loss = "none"
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT does it when it saves an adapter, and the model card begins with how to load it."""
+        super().save_pretrained(save_directory, **kwargs)
+        say_how_to_load(Path(save_directory))
 
     @property
     def layout(self) -> ExpertGroups:

@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
@@ -117,6 +118,7 @@ def _train(bench: PolicyBench, name: str, config: PeftConfig, pairs: TokenPairs)
         processing_class=bench.tokenizer,
         peft_config=config,
     )
+    trainer.remove_callback(PrinterCallback)  # stdout is for results
     trainer.precompute_ref_logps = True  # they are columns of the data: computed once for all methods
     if is_pmol(name):
         connect_preferences(trainer)
