@@ -6,8 +6,8 @@ from pathlib import Path
 from prefmoe.evaluation.files import write_text
 
 HOW_TO_LOAD = """\
-> **This is a PMoL adapter: PEFT loads it once `prefmoe` has been imported** (`pip install 'prefmoe[policy]'`). Without that
-> import it stops with `KeyError: 'PMOL'`.
+> **This is a PMoL adapter: PEFT loads it once `prefmoe` has been imported** (`pip install 'prefmoe[policy]'`). Without
+> that import it stops with `KeyError: 'PMOL'`.
 >
 > ```python
 > import prefmoe  # registers the PEFT type
