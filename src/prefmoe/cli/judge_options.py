@@ -54,4 +54,4 @@ def _option(name: str, field: FieldInfo) -> Any:
     flags = [_RENAMED[name]] if name in _RENAMED else []
     words = field.description or ""
     sentence = f"{words[:1].upper()}{words[1:]}."
-    return Annotated[field.annotation, typer.Option(*flags, help=sentence)]  # type: ignore[name-defined]
+    return Annotated[field.annotation, typer.Option(*flags, help=sentence)]

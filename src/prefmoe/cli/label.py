@@ -94,11 +94,11 @@ def label_pairs(  # noqa: PLR0913 - typer reads the options off the signature
         return
 
     from prefmoe.labeling.judge.labeler import JudgeLabeler
-    from prefmoe.labeling.judge.store import AnswerStore, default_store
+    from prefmoe.labeling.judge.store import IN_MEMORY, AnswerStore, default_store
 
     path = store or default_store(out)
     if dry_run and not path.exists():
-        path = Path(":memory:")  # it writes nothing
+        path = Path(IN_MEMORY)  # it writes nothing
     with AnswerStore(path) as answers:
         labeler = JudgeLabeler(settings, task_file, answers, skip_labelled=not check_labels)
         if dry_run:
@@ -140,8 +140,9 @@ def _label_by_judge(rows: "list[SourceRow]", labeler: "JudgeLabeler", out: Path)
 
     pairs = [row.pair for row in rows]
     labeler.watcher = CallProgress(labeler.name)
-    labels = labeler.label(pairs)
+    labeler.ask(pairs)
     verdicts = labeler.verdicts(pairs)
+    labels = labeler.labels_of(pairs, verdicts)
     soft = None
     if labeler.settings.confidence:
         of_pairs = [verdicts.get(hash_pair(pair), {}) for pair in pairs]
@@ -179,6 +180,7 @@ def _print_plan(plan: "Plan") -> None:
 
 @app.command()
 def report(
+    *,
     files: Annotated[
         list[str],
         typer.Argument(metavar="FILE...", help="Labelled pairs; their stores are found.", show_default=False),
@@ -186,6 +188,9 @@ def report(
     stores: Annotated[
         list[Path] | None, typer.Option("--store", help="More stores, such as other judges'.")
     ] = None,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrate", help="Take each judge's own preference for a place out first.")
+    ] = False,
     disputed: Annotated[int, typer.Option(min=0, help="How many pairs in dispute to list.")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="Write the numbers as JSON to stdout.")] = False,
 ) -> None:
@@ -195,4 +200,4 @@ def report(
     """
     from prefmoe.cli.label_report import print_report
 
-    print_report(files, stores or [], num_disputed=disputed, as_json=as_json)
+    print_report(files, stores or [], num_disputed=disputed, as_json=as_json, calibrated=calibrated)

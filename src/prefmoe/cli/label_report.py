@@ -15,11 +15,17 @@ from prefmoe.labeling.files import SourceRow, read_rows
 from prefmoe.labeling.judge.comparison import Agreement, Comparison, compare_all, gather_labels
 from prefmoe.labeling.judge.questions import hash_pair
 from prefmoe.labeling.judge.store import AnswerStore, default_store
-from prefmoe.labeling.judge.verdicts import PointQuality, collect_verdicts, measure_points
+from prefmoe.labeling.judge.verdicts import (
+    PointQuality,
+    Verdicts,
+    calibrate,
+    collect_verdicts,
+    measure_points,
+)
 
 
 def print_report(
-    files: Sequence[str], more_stores: Sequence[Path], *, num_disputed: int, as_json: bool
+    files: Sequence[str], more_stores: Sequence[Path], *, num_disputed: int, as_json: bool, calibrated: bool
 ) -> None:
     """Quality of every judge in the stores, then every two labelers compared.
 
@@ -33,8 +39,9 @@ def print_report(
             raise DataError("no such store; check the path", path)
     with ExitStack() as opened:
         stores = [opened.enter_context(AnswerStore(path)) for path in dict.fromkeys([*beside, *more_stores])]
-        quality = {judge: measure_points(found) for judge, found in _verdicts(rows, stores).items()}
-        sources = gather_labels(rows, stores)
+        verdicts = _verdicts(rows, stores, calibrated=calibrated)
+    sources = gather_labels(rows, verdicts)
+    quality = {judge: measure_points(found) for judge, found in verdicts.items()}
     if not sources:
         raise DataError("no pair is labelled and no store lies beside it; give --store", files[0])
     comparisons = compare_all([row.pair for row in rows], sources, num_disputed=num_disputed)
@@ -48,16 +55,18 @@ def print_report(
         print_comparison(comparison, people)
 
 
-def _verdicts(rows: Sequence[SourceRow], stores: Sequence[AnswerStore]) -> dict[str, Any]:
+def _verdicts(
+    rows: Sequence[SourceRow], stores: Sequence[AnswerStore], *, calibrated: bool
+) -> dict[str, Verdicts]:
     """For every judge its verdicts on the pairs of the files."""
     pairs = {hash_pair(row.pair) for row in rows}
-    return {
-        judge: {
-            pair: points for pair, points in collect_verdicts(store.answers(judge)).items() if pair in pairs
-        }
-        for store in stores
-        for judge in store.judges()
-    }
+    found: dict[str, Verdicts] = {}
+    for store in stores:
+        for judge in store.judges():
+            all_of_them = collect_verdicts(store.answers(judge))
+            ours = {pair: points for pair, points in all_of_them.items() if pair in pairs}
+            found[judge] = calibrate(ours) if calibrated else ours
+    return found
 
 
 def _as_json(quality: dict[str, list[PointQuality]], comparisons: Sequence[Comparison]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _ADVICE = (
 def print_quality(judge: str, points: Sequence[PointQuality], console: Console) -> None:
     """What each point's answers are worth, why some could not be used, and a warning for each weak point."""
     table = Table("task", "point", title=f"Answers of {judge} in both orders", title_justify="left")
-    for column in ("pairs", "orders agree", '"first" (95 %)', "ties", "kept", "chosen : tie : rejected"):
+    for column in ("pairs", "agree", "first", "ties", "kept", "labels"):
         table.add_column(column, justify="right")
     for point in points:
         sides = " : ".join(str(point.labels.get(side, 0)) for side in (1, 0, -1))

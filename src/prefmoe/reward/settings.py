@@ -2,15 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from prefmoe.errors import ConfigError, join_problems
+from prefmoe.labeling.judge.settings import JudgeSettings
 from prefmoe.nn import AggregatorKind
 from prefmoe.reward.jobs import TrainingSettings
 from prefmoe.suggest import nearest
+
+# Names of the two kinds of `data.labels` in pydantic's places of errors; people do not see them.
+_NAMED, _JUDGED = "<name>", "<judge>"
 
 Method = Literal["single", "single_wide", "per_task", "dmoerm"]
 
@@ -32,10 +45,21 @@ class DataSettings(_Section):
     max_validation_pairs_per_task: int | None = Field(
         None, ge=1, description="of validation; drawn by `seed`"
     )
-    labels: Literal["columns", "rules"] = Field(
-        "columns", description="where capability labels come from; columns always win over rules"
+    labels: Annotated[
+        Annotated[Literal["columns", "rules"], Tag(_NAMED)] | Annotated[JudgeSettings, Tag(_JUDGED)],
+        Discriminator(lambda value: _NAMED if isinstance(value, str) else _JUDGED),
+    ] = Field(
+        "columns",
+        description="where capability labels come from: the rows, rules, or `{judge: MODEL, ...}`, which asks what is "
+        "missing first; columns always win",
     )
-    tasks_file: str | None = Field(None, description="YAML with tasks, capabilities and their rules")
+    tasks_file: str | None = Field(
+        None, description="YAML with tasks, capabilities, their sentences and rules"
+    )
+    answers: str | None = Field(
+        None,
+        description="a judge's answers; null is `answers.sqlite` beside the run folder, for all runs there",
+    )
 
 
 class BackboneSettings(_Section):
@@ -202,16 +226,25 @@ def _apply(content: dict[str, Any], change: str) -> None:
 
 
 def _sentence(error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"])
+    loc = [part for part in error["loc"] if part not in (_NAMED, _JUDGED)]
+    place = ".".join(map(str, loc))
     if error["type"] == "value_error":  # a sentence of ours
         return ": ".join([*[place][: len(place)], str(error["ctx"]["error"])])
     if error["type"] == "missing":
         return f"{place}: missing; add it"
     if error["type"] != "extra_forbidden":
         return f"{place}: {error['msg']}; got {error['input']!r}"
-    section: type[BaseModel] = RewardSettings
-    for part in error["loc"][:-1]:
-        section = section.model_fields[part].annotation  # type: ignore[assignment]
-    known = list(section.model_fields)
-    guess = nearest(str(error["loc"][-1]), known)
+    known = list(_section_at(loc[:-1]).model_fields)
+    guess = nearest(str(loc[-1]), known)
     return f"{place}: unknown key; " + (f"did you mean {guess!r}?" if guess else f"known: {', '.join(known)}")
+
+
+def _section_at(place: Sequence[int | str]) -> type[BaseModel]:
+    """The model of the section that stands there."""
+    section: type[BaseModel] = RewardSettings
+    for part in place:
+        annotation = section.model_fields[str(part)].annotation
+        section = (
+            annotation if isinstance(annotation, type) else JudgeSettings
+        )  # the one section beside names
+    return section

@@ -12,8 +12,7 @@ from prefmoe.labeling.files import SourceRow
 from prefmoe.labeling.interface import Labels
 from prefmoe.labeling.judge.intervals import Interval, clustered_bootstrap, cohens_kappa
 from prefmoe.labeling.judge.questions import hash_pair
-from prefmoe.labeling.judge.store import AnswerStore
-from prefmoe.labeling.judge.verdicts import collect_verdicts
+from prefmoe.labeling.judge.verdicts import Verdicts
 from prefmoe.labeling.words import text_of
 from prefmoe.records import PreferencePair
 
@@ -23,7 +22,7 @@ _ABOUT_EQUAL = 0.1  # share by which lengths may differ
 _SIDES = (1, 0, -1)
 _CELLS = len(_SIDES) ** 2
 
-Sources = dict[str, dict[str, Labels]]
+Sources = Mapping[str, Mapping[str, Labels]]
 """Labeler -> hash of a pair -> its labels."""
 
 
@@ -57,23 +56,21 @@ class Comparison:
     disputed: Sequence[tuple[str, Sequence[str]]] = field(default_factory=list)
 
 
-def gather_labels(rows: Iterable[SourceRow], stores: Iterable[AnswerStore] = ()) -> Sources:
-    """Labels by who gave them: the rows' own, those that a labeler added to them, those in stores.
+def gather_labels(rows: Iterable[SourceRow], judges: Mapping[str, Verdicts]) -> Sources:
+    """Labels by who gave them: the rows' own, those that a labeler added to them, those of judges.
 
-    What a store says of a judge wins over what the rows say of it, for it has also what was asked for comparison only.
+    What verdicts say of a judge wins over what rows say of it: they have also what was asked for comparison only.
     """
-    sources: Sources = {}
+    sources: dict[str, dict[str, dict[str, int]]] = {}
     for row in rows:
+        pair = hash_pair(row.pair)
         for point, side in row.pair.capabilities.items():
-            labels = sources.setdefault(row.labeled_by[point], {}).setdefault(hash_pair(row.pair), {})
-            sources[row.labeled_by[point]][hash_pair(row.pair)] = {**labels, point: side}
-    for store in stores:
-        for judge in store.judges():
-            verdicts = collect_verdicts(store.answers(judge))
-            sources[judge] = {
-                pair: {point: v.label for point, v in points.items() if v.label is not None}
-                for pair, points in verdicts.items()
-            }
+            sources.setdefault(row.labeled_by[point], {}).setdefault(pair, {})[point] = side
+    for judge, verdicts in judges.items():
+        sources[judge] = {
+            pair: {point: v.label for point, v in points.items() if v.label is not None}
+            for pair, points in verdicts.items()
+        }
     return sources
 
 

@@ -15,7 +15,7 @@ from prefmoe.labeling.judge.pace import Backoff
 from prefmoe.labeling.judge.questions import Interview, Question, choose_points, hash_pair
 from prefmoe.labeling.judge.settings import LOCAL, JudgeSettings
 from prefmoe.labeling.judge.store import AnswerStore, Call
-from prefmoe.labeling.judge.verdicts import Verdict, collect_verdicts
+from prefmoe.labeling.judge.verdicts import Verdict, Verdicts, calibrate, collect_verdicts
 from prefmoe.labeling.tasks import TaskFile
 from prefmoe.records import PreferencePair
 
@@ -110,6 +110,10 @@ class JudgeLabeler:
         """
         self.ask(pairs)
         verdicts = self.verdicts(pairs)
+        return self.labels_of(pairs, verdicts)
+
+    def labels_of(self, pairs: Sequence[PreferencePair], verdicts: Verdicts) -> list[Labels]:
+        """The labels on which both orders agree, one mapping a pair."""
         return [
             {point: v.label for point, v in verdicts.get(hash_pair(pair), {}).items() if v.label is not None}
             for pair in pairs
@@ -151,7 +155,8 @@ class JudgeLabeler:
     def verdicts(self, pairs: Sequence[PreferencePair]) -> dict[str, dict[str, Verdict]]:
         """What the store knows about these pairs in these words: hash of the pair -> point -> verdict."""
         groups = {question.group for question in self._questions(pairs)}
-        return collect_verdicts(self.store.answers(self.name), groups=groups)
+        found = collect_verdicts(self.store.answers(self.name), groups=groups)
+        return calibrate(found) if self.settings.calibrate else found
 
     def _questions(self, pairs: Sequence[PreferencePair]) -> Iterator[Question]:
         """All questions on these pairs, each once, even if a pair stands there twice."""

@@ -75,12 +75,17 @@ class Interview:
         points = [point for point in self.points[name] if point not in known]
         if not points:
             return
-        pair_hash = hash_pair(pair)
+        task, pair_hash = self.tasks[name], hash_pair(pair)
         for start in range(0, len(points), self.points_per_call):
             asked = tuple(points[start : start + self.points_per_call])
-            ending = self.wording.question(self.tasks[name], asked)
+            ending = self.wording.ending(task, asked)
             group = digest(
-                self.judge, self.wording.fingerprint, self.wording.system, pair_hash, ending, *asked
+                self.judge,
+                self.wording.fingerprint,
+                self.wording.description(task),
+                pair_hash,
+                ending,
+                *asked,
             )
             for swapped in (False, True):
                 first, second = (pair.rejected, pair.chosen) if swapped else (pair.chosen, pair.rejected)
@@ -94,7 +99,7 @@ class Interview:
                     points=asked,
                     swapped=swapped,
                     system=self.wording.system,
-                    user=f"{self.wording.texts(pair.prompt, first, second)}\n\n{ending}",
+                    user=f"{self.wording.beginning(task, pair.prompt, first, second)}\n\n{ending}",
                     allowed=self.wording.allowed,
                 )
 

@@ -32,6 +32,11 @@ class JudgeSettings(BaseModel):
         None, ge=1, description="of the conversation and of each side; longer ones are cut"
     )
     confidence: bool = Field(False, description="ask for log-probabilities too, for soft labels")
+    calibrate: bool = Field(
+        False,
+        description="take the judge's own preference for a place out of its answers before the two orders are "
+        "compared; needs probabilities, of a local judge or by `confidence`",
+    )
     concurrency: int = Field(16, ge=1, le=1024, description="calls under way at the same time")
     requests_per_minute: float | None = Field(None, gt=0, description="without it there is no limit")
     tokens_per_minute: float | None = Field(
@@ -63,6 +68,8 @@ class JudgeSettings(BaseModel):
             )
         if self.is_local and self.base_url is not None:
             raise ValueError(f"base_url does not go with {self.judge!r}; drop one of the two")
+        if self.calibrate and not (self.is_local or self.confidence):
+            raise ValueError("calibrate needs probabilities; add confidence, or take a local judge")
         return self
 
     @property

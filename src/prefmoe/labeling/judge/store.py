@@ -18,6 +18,7 @@ from prefmoe.errors import DataError, PrefmoeError
 from prefmoe.labeling.judge.answers import Answer, Reason
 from prefmoe.labeling.judge.questions import Question
 
+IN_MEMORY = ":memory:"  # SQLite's name for a database that no other process sees and that ends with this one
 _APPLICATION_ID = 0x70724D45  # "prME": SQLite's own place for whose file this is
 _FORMAT = 1
 _SCHEMA = """
@@ -116,7 +117,7 @@ class AnswerStore:
         Raises:
             PrefmoeError: another one is at it.
         """
-        if self._lock is not None:
+        if self._lock is not None or str(self.path) == IN_MEMORY:
             return
         lock = sqlite3.connect(f"{self.path}.lock", timeout=0, isolation_level=None, check_same_thread=False)
         try:

@@ -14,13 +14,17 @@ Source:
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import log
+from statistics import median
 from typing import NamedTuple
 
 from prefmoe.labeling.judge.answers import Answer
 from prefmoe.labeling.judge.intervals import Interval, clustered_share
 from prefmoe.labeling.judge.store import Stored
 from prefmoe.labeling.judge.wording import FIRST, SECOND, TIE
+
+_SMALLEST = 1e-9  # an answer that is not among the likeliest ones
 
 
 class Verdict(NamedTuple):
@@ -87,6 +91,53 @@ def collect_verdicts(
         given, swapped = (other, one) if one.swapped else (one, other)
         verdicts.setdefault(one.pair, {})[one.point] = Verdict(one.task, given.answer, swapped.answer)
     return verdicts
+
+
+def calibrate(verdicts: Verdicts) -> dict[str, dict[str, Verdict]]:
+    r"""The same verdicts without the judge's own preference for a place.
+
+    Of every point, $b$ is the median over all its answers, both orders, of $\log p_1 - \log p_2$: 0 for a judge
+    without such a preference, since each completion stands first as often as second. "1" then counts where
+    $\log p_1 - \log p_2 > b$, "2" where it is smaller. Ties and answers without probabilities stay as they are. A weak
+    model that says "1" to everything is thereby asked which of the two makes it say so more.
+
+    Source:
+        Zhao et al. 2021, arXiv:2102.09690 (contextual calibration), with the median of the real questions in the
+        place of a content-free one.
+    """
+    odds: dict[tuple[str, str], list[float]] = {}
+    for points in verdicts.values():
+        for point, verdict in points.items():
+            found = odds.setdefault((verdict.task, point), [])
+            found += [
+                value for value in map(_log_odds, (verdict.given, verdict.swapped)) if value is not None
+            ]
+    bias = {key: median(values) for key, values in odds.items() if values}
+    return {
+        pair: {
+            point: verdict._replace(
+                given=_shifted(verdict.given, bias.get((verdict.task, point))),
+                swapped=_shifted(verdict.swapped, bias.get((verdict.task, point))),
+            )
+            for point, verdict in points.items()
+        }
+        for pair, points in verdicts.items()
+    }
+
+
+def _log_odds(answer: Answer) -> float | None:
+    """Of "1" against "2", nats; None for ties, unusable answers and those without probabilities."""
+    if answer.choice not in (FIRST, SECOND) or answer.probabilities is None:
+        return None
+    first, second, _ = (max(share, _SMALLEST) for share in answer.probabilities)
+    return log(first) - log(second)
+
+
+def _shifted(answer: Answer, bias: float | None) -> Answer:
+    odds = _log_odds(answer)
+    if odds is None or bias is None or odds == bias:
+        return answer
+    return replace(answer, choice=FIRST if odds > bias else SECOND)
 
 
 @dataclass(frozen=True)
