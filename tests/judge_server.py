@@ -36,13 +36,21 @@ class Response:
         return f"HTTP/1.1 {self.status} Scripted\r\n{lines}\r\n".encode() + self.body
 
 
-def completion(content: str | None, *, finish: str = "stop", usage: object = (100, 1), **extra: object) -> Response:
+def completion(
+    content: str | None, *, finish: str = "stop", usage: object = (100, 1), **extra: object
+) -> Response:
     """A chat completion with that content."""
     message = {"role": "assistant", "content": content, **{k: v for k, v in extra.items() if k == "refusal"}}
     choice = {"index": 0, "message": message, "finish_reason": finish}
     if "logprobs" in extra:
         choice["logprobs"] = {"content": extra["logprobs"]}
-    values: dict[str, object] = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    values: dict[str, object] = {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [choice],
+    }
     if usage is not None:
         values["usage"] = {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
     return Response(json.dumps(values).encode())

@@ -60,7 +60,11 @@ class FinishedRun:
 def finished_run(settings: RewardSettings) -> FinishedRun:
     """Trains and measures, and records on the way what was computed and from what."""
     record = Record()
-    train_experts, fit_aggregator, fit_router = phases.train_experts, aggregator_choice.fit_aggregator, TaskRouter.fit
+    train_experts, fit_aggregator, fit_router = (
+        phases.train_experts,
+        aggregator_choice.fit_aggregator,
+        TaskRouter.fit,
+    )
     compute = Trunk._compute
 
     def recorded_experts(backbone: object, experts: object, trunk: object, jobs: list, *args, **kwargs):  # type: ignore[type-arg, no-untyped-def]

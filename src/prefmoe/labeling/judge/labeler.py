@@ -156,7 +156,14 @@ class JudgeLabeler:
         """What the store knows about these pairs in these words: hash of the pair -> point -> verdict."""
         groups = {question.group for question in self._questions(pairs)}
         found = collect_verdicts(self.store.answers(self.name), groups=groups)
-        return calibrate(found) if self.settings.calibrate else found
+        # In the order of the pairs and of the tasks file, not in that in which answers came.
+        keys = dict.fromkeys(map(hash_pair, pairs))
+        ordered = {
+            key: {point: found[key][point] for point in self.capabilities if point in found[key]}
+            for key in keys
+            if key in found
+        }
+        return calibrate(ordered) if self.settings.calibrate else ordered
 
     def _questions(self, pairs: Sequence[PreferencePair]) -> Iterator[Question]:
         """All questions on these pairs, each once, even if a pair stands there twice."""
