@@ -199,10 +199,10 @@ class Endpoint:
         try:
             # The text, not the SDK's typed object: half the processor time, and servers' own fields do no harm.
             text = await self._client.post("/chat/completions", cast_to=str, body=body)
-        except openai.APITimeoutError:
-            raise Fault("no answer in time") from None
         except openai.APIConnectionError as error:
-            raise Fault(f"the connection broke ({self._clean(str(error.__cause__ or error))})") from None
+            in_time = not isinstance(error, openai.APITimeoutError)
+            what = "the connection broke" if in_time else "no answer in time"
+            raise Fault(f"{what} ({self._clean(str(error.__cause__ or error))})") from None
         except openai.APIStatusError as error:
             raise self._status_problem(error) from None
         try:

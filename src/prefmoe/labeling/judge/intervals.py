@@ -10,6 +10,7 @@ Floats = NDArray[np.float64]
 
 _RESAMPLES = 2000
 _LEVEL = 0.95
+_DRAWS_AT_ONCE = 200_000
 
 
 class Interval(NamedTuple):
@@ -43,7 +44,13 @@ def clustered_bootstrap(counts: Floats, statistic: Callable[[Floats], Floats], *
     """
     rng = np.random.default_rng(seed)
     size = len(counts)
-    drawn = np.stack([counts[rng.integers(size, size=size)].sum(axis=0) for _ in range(_RESAMPLES)])
+    at_once = max(1, _DRAWS_AT_ONCE // size)  # memory stays small for 10^6 clusters
+    drawn = np.concatenate(
+        [
+            counts[rng.integers(size, size=(min(at_once, _RESAMPLES - start), size))].sum(axis=1)
+            for start in range(0, _RESAMPLES, at_once)
+        ]
+    )
     low, high = np.quantile(statistic(drawn), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return Interval(float(statistic(counts.sum(axis=0))), float(low), float(high))
 

@@ -105,12 +105,13 @@ class LocalJudge:
         ]
         # What the answers share belongs to the question: a tokenizer may put a space mark in front of each.
         border = min(common_length(answered[0], other) for other in answered[1:])
-        if border < len(ids) - 1 or any(len(row) <= border for row in answered):
+        answers = tuple(row[border] for row in answered if len(row) > border)
+        if border < len(ids) - 1 or len(set(answers)) < len(question.allowed):
             raise ConfigError(
                 f"judge {question.judge!r}: its tokenizer does not tell the answers {question.allowed} apart by one "
                 "token; choose another model"
             )
-        return _Ids(question, tuple(answered[0][:border]), tuple(row[border] for row in answered))
+        return _Ids(question, tuple(answered[0][:border]), answers)
 
     def _render(self, question: Question) -> str:
         messages = [
