@@ -1,13 +1,16 @@
 """`prefmoe label` as a person meets it: files, exit codes, sentences."""
 
 import json
+import os
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import LlamaForCausalLM
 
+import prefmoe
 from cli_helpers import run_cli
 from data_helpers import CHATML, byte_tokenizer, write_rows
 from judge_helpers import pairs as make_pairs
@@ -15,6 +18,7 @@ from judge_helpers import side_by_hash, write_input
 from judge_server import JudgeServer, by_hash, completion, problem
 from tiny import tiny_backbone
 
+SRC = Path(prefmoe.__file__).parents[1]
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 
 
@@ -22,6 +26,11 @@ pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 def _environment(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+
+def flat(text):
+    """Without the frame and the line ends that mistakes in usage are shown with."""
+    return "".join(text.replace("│", " ").split())
 
 
 class Desk:
@@ -374,7 +383,7 @@ BAD_INPUT = [
 def test_a_mistake_has_a_sentence_and_an_exit_code(desk, options, judge, exit_code, sentence):
     done = desk.label(*options, judge=judge)
     assert done.exit_code == exit_code
-    assert sentence in " ".join(done.stderr.replace("│", " ").split())
+    assert flat(sentence) in flat(done.stderr)
     assert not desk.out.exists()
 
 
@@ -396,7 +405,7 @@ def test_mistakes_with_files(desk, tmp_path):
 
     desk.out = desk.pairs
     same = desk.label()
-    assert (same.exit_code, "is the input file; choose another name" in " ".join(same.stderr.split())) == (
+    assert (same.exit_code, flat("is the input file; choose another name") in flat(same.stderr)) == (
         2,
         True,
     )
@@ -431,6 +440,10 @@ def test_labelling_through_an_endpoint_imports_no_torch(desk):
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=desk.folder, check=False
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(SRC)},
+        check=False,
     )
     assert done.returncode == 0, done.stderr

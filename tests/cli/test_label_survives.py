@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import prefmoe
 from judge_helpers import write_input
 from judge_server import JudgeServer, by_hash, completion, problem
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 
 PAIRS = 500  # two points, two orders: 2,000 calls
 CONCURRENCY = 16
-SRC = Path(__file__).parents[2] / "src"
+SRC = Path(prefmoe.__file__).parents[1]
 
 
 def start(folder: Path, out: str, url: str, *options: str) -> subprocess.Popen:

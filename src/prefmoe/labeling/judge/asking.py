@@ -75,6 +75,7 @@ class Asking:
         self._stop = asyncio.Event()
         self._problem: PrefmoeError | None = None
         self._interrupted = False
+        self._worst_ratio = 1.0
         self.out_of_budget = False
 
     async def run(self, questions: Iterable[Question]) -> None:
@@ -115,9 +116,15 @@ class Asking:
             finally:
                 await self._budget.settle(most, None if call is None else call.usd)
             if call is not None:
+                self._learn_from(call)
                 self._watch(call)
             if only_one:
                 return
+
+    def _learn_from(self, call: Call) -> None:
+        """Keeps how far estimates can be off; the first call is alone, so the second one knows."""
+        if estimate := self._estimated(call.question):
+            self._worst_ratio = max(self._worst_ratio, call.usd / estimate)
 
     async def _answered(self, question: Question) -> Call | None:
         """The committed call; None if something stopped the asking before there was an answer."""
@@ -162,7 +169,10 @@ class Asking:
         return Call(question, reply.answers, input_tokens, output_tokens, usd)
 
     def _most(self, question: Question) -> float:
-        """Most dollars a question can cost, as far as its tokens can be estimated."""
+        """Most dollars a question can cost: by the estimate of its tokens, times the worst that one was ever off."""
+        return self._estimated(question) * self._worst_ratio
+
+    def _estimated(self, question: Question) -> float:
         return self._manners.prices.cost(question.num_tokens, self._asked.output_limit(len(question.points)))
 
     @contextlib.contextmanager
