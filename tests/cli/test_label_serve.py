@@ -16,7 +16,7 @@ from data_helpers import CHATML, byte_tokenizer
 from judge_helpers import write_input
 from tiny import tiny_backbone
 
-pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
+pytestmark = [pytest.mark.allow_hosts(["127.0.0.1"]), pytest.mark.slow]
 
 
 @pytest.fixture
