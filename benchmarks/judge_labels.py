@@ -1,6 +1,6 @@
-"""Phase 2 trained on rules, on a judge's labels, and on both: the same pairs and steps, only the labels differ.
+r"""Phase 2 trained on rules, on a judge's labels, and on both: the same pairs and steps, only the labels differ.
 
-    prefmoe label ../shared/data/preferences/train.jsonl.gz -o runs/labels/train.jsonl --tasks configs/tasks-real.yaml \\
+    prefmoe label ../shared/data/preferences/train.jsonl.gz -o runs/labels/train.jsonl --tasks configs/tasks-real.yaml \
         --judge local:smollm2-135m --limit 300 --no-ties --max-characters 240 --calibrate
     python benchmarks/judge_labels.py runs/labels/train.jsonl [--config configs/real-cpu.yaml] [--out runs/judge-labels]
 

@@ -52,13 +52,17 @@ class LocalJudge:
     def load(cls, name: str) -> "LocalJudge":
         """The judge of a folder, a known name such as `smollm2-135m`, or a hub id.
 
+        Numerics:
+            In float32: bfloat16 rounds logits of about 16 to a sixteenth of a nat or more, which is as much as the two
+            orders of a weak judge differ by.
+
         Raises:
             ConfigError: there is no such model, or it has no tokenizer.
         """
         try:
             where = resolve_backbone(name)
             model, loaded = AutoModelForCausalLM.from_pretrained(
-                where, dtype="auto", output_loading_info=True
+                where, dtype=torch.float32, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(where)
         except (ImportError, OSError, ValueError) as problem:
