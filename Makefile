@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python -m
 INSTALL := $(RUN) pip install $(PIP_ARGS) -c constraints.txt
-DOCS := docs/cli.md docs/data.md docs/reward.md docs/policy.md
+DOCS := docs/cli.md docs/data.md docs/labels.md docs/policy.md docs/reward.md
 
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1

@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Iterator
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -45,6 +45,13 @@ def _tables(settings: type[BaseModel]) -> str:
     return "\n" + "\n\n".join([*tables, own]) + "\n"
 
 
+def judge_reference() -> str:
+    """The settings of a judge, as training configs and the command line have them."""
+    from prefmoe.labeling.judge.settings import JudgeSettings
+
+    return f"\n{_table(JudgeSettings)}\n"
+
+
 def rules_reference() -> str:
     """The rules that can label a capability offline, each with the first sentence of its docstring."""
     from prefmoe.labeling import RULES
@@ -79,6 +86,10 @@ def _row(name: str, field: FieldInfo) -> str:
 
 def _type_name(annotation: Any) -> str:
     origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(parts[0])
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"`{{{next(iter(annotation.model_fields))}: ...}}`"  # a section, by its first key
     if origin is Literal:
         return ", ".join(f"`{_yaml(part)}`" for part in parts)
     if origin in (Union, types.UnionType):

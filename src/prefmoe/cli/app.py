@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from prefmoe.cli import data, policy, reward
+from prefmoe.cli import data, label, policy, reward
 from prefmoe.cli.report import report
 from prefmoe.errors import PrefmoeError, PrefmoeWarning
 
@@ -58,6 +58,7 @@ app = typer.Typer(
     help="Reward models and policies for several, competing human preferences.",
 )
 app.add_typer(data.app, name="data")
+app.add_typer(label.app, name="label")
 app.add_typer(reward.app, name="reward")
 app.add_typer(policy.app, name="policy")
 

@@ -9,7 +9,8 @@
             rule: on_topic                       # optional: the rule that labels it offline
           readability: The summary reads well.   # short for a sentence without a rule
 
-An LLM judge is shown the sentences; the rule labeler uses the rules; training uses the names.
+An LLM judge is shown the sentences; the rule labeler uses the rules; training uses the names. A judge that is
+asked in Chinese is shown `description_zh` and `sentence_zh`.
 """
 
 from collections.abc import Hashable, Mapping
@@ -34,6 +35,7 @@ class Capability(_Checked):
     """One point that an expert judges: a sentence for people and judges, and a rule's name if one fits."""
 
     sentence: Text
+    sentence_zh: Text | None = None
     rule: Text | None = None
 
     @model_validator(mode="before")
@@ -46,6 +48,7 @@ class Task(_Checked):
     """One kind of prompt and the capabilities that matter for it."""
 
     description: Text
+    description_zh: Text | None = None
     capabilities: Annotated[dict[Text, Capability], Field(min_length=1)]
 
 

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from prefmoe.labeling.judge.settings import JudgeSettings
 from prefmoe.nn import AggregatorKind
 from prefmoe.reward.jobs import TrainingSettings
 from prefmoe.runs.settings import Section, read_settings, validated
+
+# Names of the two kinds of `data.labels` in pydantic's places of errors; `read_settings` leaves them out.
+_NAMED, _JUDGED = "<name>", "<judge>"
 
 Method = Literal["single", "single_wide", "per_task", "dmoerm"]
 
@@ -26,10 +30,21 @@ class DataSettings(Section):
     max_validation_pairs_per_task: int | None = Field(
         None, ge=1, description="of validation; drawn by `seed`"
     )
-    labels: Literal["columns", "rules"] = Field(
-        "columns", description="where capability labels come from; columns always win over rules"
+    labels: Annotated[
+        Annotated[Literal["columns", "rules"], Tag(_NAMED)] | Annotated[JudgeSettings, Tag(_JUDGED)],
+        Discriminator(lambda value: _NAMED if isinstance(value, str) else _JUDGED),
+    ] = Field(
+        "columns",
+        description="where capability labels come from: the rows, rules, or `{judge: MODEL, ...}`, which asks what is "
+        "missing first; columns always win",
     )
-    tasks_file: str | None = Field(None, description="YAML with tasks, capabilities and their rules")
+    tasks_file: str | None = Field(
+        None, description="YAML with tasks, capabilities, their sentences and rules"
+    )
+    answers: str | None = Field(
+        None,
+        description="a judge's answers; null is `answers.sqlite` beside the run folder, for all runs there",
+    )
 
 
 class BackboneSettings(Section):

@@ -3,16 +3,28 @@
 import random
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 
 from prefmoe.data.read import read_pairs
 from prefmoe.data.split import prompt_hash, split_by_prompt
 from prefmoe.errors import ConfigError, DataError, PrefmoeWarning
 from prefmoe.labeling import RuleLabeler, apply_labels, load_tasks
+from prefmoe.labeling.judge.labeler import JudgeLabeler, Report, require_everything
+from prefmoe.labeling.judge.settings import JudgeSettings
+from prefmoe.labeling.judge.store import AnswerStore
 from prefmoe.records import PreferencePair
-from prefmoe.reward.settings import DataSettings
+from prefmoe.reward.progress import Progress, silent
+from prefmoe.reward.run import process_state
+from prefmoe.reward.settings import DataSettings, RewardSettings
 
 ONE_TASK = "all"
+_ASKED_SPLITS = ("train", "validation")
+
+Splits = dict[str, list[PreferencePair]]
 _FEW_PAIRS = 5
 
 
@@ -84,6 +96,38 @@ def with_task(pairs: list[PreferencePair], split: str) -> list[PreferencePair]:
             "name the task of all or of none"
         )
     return pairs
+
+
+def label_splits(splits: Splits, settings: RewardSettings, *, progress: Progress = silent) -> Splits:
+    """Adds what rules or a judge say to the labels that the rows carry; a judge is not asked about test pairs.
+
+    A judge's answers outlive the run folder, so that a run with other settings pays for none again. Of several
+    processes the main one asks, the others then find every answer in the store.
+
+    Raises:
+        ConfigError: there is no tasks file, or the judge cannot be asked.
+        PrefmoeError: the judge's budget ended before everything was labelled.
+    """
+    judge = settings.data.labels
+    if not isinstance(judge, JudgeSettings):
+        return {name: label_capabilities(pairs, settings.data) for name, pairs in splits.items()}
+    if settings.data.tasks_file is None:
+        raise ConfigError(
+            "data.labels is a judge, but data.tasks_file is not given; name a tasks file with sentences"
+        )
+    path = Path(settings.data.answers or Path(settings.out).parent / "answers.sqlite")
+    asked = [pair for name in _ASKED_SPLITS for pair in splits[name]]
+
+    @contextmanager
+    def watch(total: int) -> Iterator[Report]:
+        with progress(f"labels by {judge.judge}", total) as advance:
+            yield lambda state: advance(1)
+
+    with process_state().main_process_first(), AnswerStore(path) as answers:
+        labeler = JudgeLabeler(judge, load_tasks(settings.data.tasks_file), answers, watcher=watch)
+        labelled = iter(apply_labels(asked, [labeler]))
+        require_everything(labeler)
+    return splits | {name: list(islice(labelled, len(splits[name]))) for name in _ASKED_SPLITS}
 
 
 def label_capabilities(pairs: list[PreferencePair], data: DataSettings) -> list[PreferencePair]:

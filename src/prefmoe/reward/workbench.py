@@ -19,7 +19,7 @@ from prefmoe.reward.settings import BackboneSettings, RewardSettings
 from prefmoe.reward.splits import (
     draw_per_task,
     find_capabilities,
-    label_capabilities,
+    label_splits,
     read_splits,
     warn_of_small_tasks,
     with_task,
@@ -102,7 +102,7 @@ def build_workbench(
     Raises:
         ConfigError, DataError: something of it cannot be used.
     """
-    splits, undrawn, capabilities = _labelled_splits(settings, pairs)
+    splits, undrawn, capabilities = _labelled_splits(settings, pairs, progress)
     body = settings.backbone
     if backbone is None:
         backbone = _load_backbone(body)
@@ -142,7 +142,7 @@ def build_workbench(
 
 
 def _labelled_splits(
-    settings: RewardSettings, pairs: dict[str, list[PreferencePair]] | None
+    settings: RewardSettings, pairs: dict[str, list[PreferencePair]] | None, progress: Progress
 ) -> tuple[dict[str, list[PreferencePair]], list[PreferencePair], dict[str, list[str]]]:
     """Splits as they are trained on, the training pairs before any were left out, capabilities of every task."""
     data, seed = settings.data, settings.seed
@@ -155,7 +155,7 @@ def _labelled_splits(
         )
     splits["train"] = draw_per_task(undrawn, data.max_pairs_per_task, seed)
     splits["validation"] = draw_per_task(splits["validation"], data.max_validation_pairs_per_task, seed)
-    splits = {name: label_capabilities(rows, data) for name, rows in splits.items()}
+    splits = label_splits(splits, settings, progress=progress)
     capabilities = find_capabilities(splits["train"], data)
     warn_of_small_tasks(splits)
     if settings.phase3.general_expert and any(GENERAL in names for names in capabilities.values()):

@@ -1,0 +1,134 @@
+"""Calls a second of `prefmoe label` against a server with a known latency, as a share of concurrency / latency.
+
+    python benchmarks/label_throughput.py [--json OUT] [--calls 8000] [--concurrency 64] [--latency 0.05]
+
+The server is a process of its own on the loopback that answers every request after exactly that time, so the ideal is
+`concurrency / latency` calls a second. Timed is what a user waits for between the first and the last answer: keys,
+requests, reading, and an SQLite commit of every answer before it counts. Reading files and starting Python is not. The
+first call, which runs alone, is part of it.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+from prefmoe.labeling import TaskFile
+from prefmoe.labeling.judge.labeler import JudgeLabeler
+from prefmoe.labeling.judge.settings import JudgeSettings
+from prefmoe.labeling.judge.store import AnswerStore
+from prefmoe.records import Message, PreferencePair
+
+_BODY = json.dumps(
+    {
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "1"}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 300, "completion_tokens": 1},
+    }
+).encode()
+_REPLY = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (
+    len(_BODY),
+    _BODY,
+)
+
+
+class _Slow(asyncio.Protocol):
+    """Answers each request of a connection after a while."""
+
+    def __init__(self, latency):
+        self.latency, self.seen, self.missing = latency, b"", None
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def data_received(self, data):
+        self.seen += data
+        if self.missing is None and b"\r\n\r\n" in self.seen:
+            head, self.seen = self.seen.split(b"\r\n\r\n", 1)
+            self.missing = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+        if self.missing is not None and len(self.seen) >= self.missing:
+            self.seen, self.missing = b"", None
+            asyncio.get_running_loop().call_later(self.latency, self.transport.write, _REPLY)
+
+
+def serve(latency, port):
+    async def run():
+        server = await asyncio.get_running_loop().create_server(lambda: _Slow(latency), "127.0.0.1", 0)
+        port.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(run())
+
+
+def pairs(num):
+    words = (
+        "a fairly usual answer of some length that explains what was asked and then comes to its end. " * 4
+    )
+    return [
+        PreferencePair(
+            str(i),
+            (Message("user", f"Question {i}?"),),
+            (Message("assistant", f"{i} {words}"),),
+            (Message("assistant", words),),
+        )
+        for i in range(num)
+    ]
+
+
+def measure(url, num_calls, concurrency, folder):
+    tasks = TaskFile.model_validate(
+        {"tasks": {"all": {"description": "Talk.", "capabilities": {"wit": "It is funny."}}}}
+    )
+    settings = JudgeSettings(judge="m", base_url=url, concurrency=concurrency)
+    rows = pairs(num_calls // 2)
+    with AnswerStore(folder / "answers.sqlite") as store:
+        labeler = JudgeLabeler(settings, tasks, store)
+        labeler.ask(pairs(1))  # loads the client's code
+        (folder / "answers.sqlite").exists()
+        cpu, start = time.process_time(), time.perf_counter()
+        labeler.ask(rows[1:])
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        return len(store.keys("m")) - 2, seconds, cpu
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--calls", type=int, default=8000)
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--latency", type=float, default=0.05, help="seconds")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    receive, send = multiprocessing.Pipe(duplex=False)
+    server = multiprocessing.Process(target=serve, args=(options.latency, send), daemon=True)
+    server.start()
+    with tempfile.TemporaryDirectory() as folder:
+        calls, seconds, cpu = measure(
+            f"http://127.0.0.1:{receive.recv()}/v1", options.calls, options.concurrency, Path(folder)
+        )
+    server.terminate()
+    ideal = options.concurrency / options.latency
+    result = {
+        "calls": calls,
+        "seconds": round(seconds, 3),
+        "calls_per_second": round(calls / seconds, 1),
+        "ideal": ideal,
+        "share_of_ideal": round(calls / seconds / ideal, 3),
+        "cpu_ms_per_call": round(1000 * cpu / calls, 3),
+        "concurrency": options.concurrency,
+        "latency_s": options.latency,
+        "load_average": round(os.getloadavg()[0], 2),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    for name, value in result.items():
+        print(f"{name:18} {value}")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

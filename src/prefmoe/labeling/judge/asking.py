@@ -1,0 +1,248 @@
+"""Many questions at once: bounded, paced, within a budget, every answer committed before it counts.
+
+A worker takes a question, asks it, has the answer committed, and only then takes the next; so what can be lost, or paid
+for again, is never more than the calls under way. What stops the asking (the budget, Ctrl-C, an endpoint that stays
+down) lets the calls under way come home first.
+"""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from prefmoe.errors import PrefmoeError
+from prefmoe.labeling.judge.budget import Budget, Prices
+from prefmoe.labeling.judge.endpoint import Fault, Reply
+from prefmoe.labeling.judge.pace import Backoff, RateLimit
+from prefmoe.labeling.judge.questions import Question
+from prefmoe.labeling.judge.store import AnswerStore, Call
+
+Watch = Callable[[Call], None]
+"""Told of every call once it is committed."""
+
+
+class Asked(Protocol):
+    """What answers single questions: an endpoint, or a test's stand-in."""
+
+    async def ask(self, question: Question) -> Reply:
+        """The answers; raises Fault for what may be over soon."""
+
+    def output_limit(self, num_points: int) -> int:
+        """Most tokens of an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manners:
+    """How an endpoint is asked.
+
+    Attributes:
+        concurrency: Calls under way at the same time.
+        requests_per_minute, tokens_per_minute: None is no limit.
+        backoff: What happens after a fault.
+    """
+
+    concurrency: int = 16
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    backoff: Backoff = field(default_factory=Backoff)
+    prices: Prices = field(default_factory=Prices)
+
+
+class Asking:
+    """One sitting: questions in, calls in the store.
+
+    Args:
+        asked: Who answers.
+        store: Where answers are committed.
+        budget: When to stop.
+        manners: How fast to ask.
+        watch: Told of every committed call.
+    """
+
+    def __init__(
+        self, asked: Asked, store: AnswerStore, *, budget: Budget, manners: Manners, watch: Watch
+    ) -> None:
+        self._asked, self._budget, self._manners, self._watch = asked, budget, manners, watch
+        self._commits = _GroupCommit(store)
+        self._pace = RateLimit(
+            requests_per_minute=manners.requests_per_minute,
+            tokens_per_minute=manners.tokens_per_minute,
+            sleep=self._nap,
+        )
+        self._pending: Iterator[Question] = iter(())
+        self._stop = asyncio.Event()
+        self._problem: PrefmoeError | None = None
+        self._interrupted = False
+        self._worst_ratio = 1.0
+        self.out_of_budget = False
+
+    async def run(self, questions: Iterable[Question]) -> None:
+        """Asks them all, or as many as the budget allows (`out_of_budget` then says so).
+
+        Raises:
+            PrefmoeError: the endpoint stays down or refuses us, or the store cannot be written to.
+            KeyboardInterrupt: Ctrl-C, after the calls under way were committed; a second one does not wait.
+        """
+        self._pending = iter(questions)
+        with self._interruptible():
+            async with self._commits.running():
+                await self._work(
+                    only_one=True
+                )  # alone: a wrong key or an unknown option costs one call, not 64
+                await asyncio.gather(*(self._work() for _ in range(self._manners.concurrency)))
+        if self._problem is not None:
+            raise self._problem
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+    async def _work(self, *, only_one: bool = False) -> None:
+        while not self._stop.is_set():
+            question = next(self._pending, None)
+            if question is None:
+                return
+            most = self._most(question)
+            if not await self._budget.reserve(most):
+                self.out_of_budget = True
+                self._stop.set()
+                return
+            call = None
+            try:
+                call = await self._answered(question)
+            except PrefmoeError as problem:
+                self._problem = self._problem or problem
+                self._stop.set()
+            finally:
+                await self._budget.settle(most, None if call is None else call.usd)
+            if call is not None:
+                self._learn_from(call)
+                self._watch(call)
+            if only_one:
+                return
+
+    def _learn_from(self, call: Call) -> None:
+        """Keeps how far estimates can be off; the first call is alone, so the second one knows."""
+        if estimate := self._estimated(call.question):
+            self._worst_ratio = max(self._worst_ratio, call.usd / estimate)
+
+    async def _answered(self, question: Question) -> Call | None:
+        """The committed call; None if something stopped the asking before there was an answer."""
+        backoff = self._manners.backoff
+        for attempt in range(backoff.attempts):
+            await self._pace.wait(question.num_tokens + self._asked.output_limit(len(question.points)))
+            if self._stop.is_set():
+                return None
+            try:
+                reply = await self._asked.ask(question)
+            except Fault as fault:
+                if attempt + 1 == backoff.attempts:
+                    raise PrefmoeError(
+                        f"judge {question.judge!r} failed {backoff.attempts} times in a row on pair "
+                        f"{question.pair_id!r}: {fault}; answers so far are stored, the same command goes on"
+                    ) from None
+                await self._wait_out(fault, attempt)
+            else:
+                call = self._as_call(question, reply)
+                await self._commits.commit(call)
+                return call
+        return None
+
+    async def _wait_out(self, fault: Fault, attempt: int) -> None:
+        delay = self._manners.backoff.delay(attempt, fault.wait)
+        if fault.wait is not None:
+            self._pace.hold(fault.wait)  # it is meant for all of us
+        await self._nap(delay)
+
+    async def _nap(self, seconds: float) -> bool:
+        """Waits, but not longer than the asking goes on; whether it is over."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), seconds)
+        return self._stop.is_set()
+
+    def _as_call(self, question: Question, reply: Reply) -> Call:
+        input_tokens = question.num_tokens if reply.input_tokens is None else reply.input_tokens
+        output_tokens = reply.output_tokens
+        if output_tokens is None:
+            output_tokens = self._asked.output_limit(len(question.points))
+        usd = self._manners.prices.cost(input_tokens, output_tokens)
+        return Call(question, reply.answers, input_tokens, output_tokens, usd)
+
+    def _most(self, question: Question) -> float:
+        """Most dollars a question can cost: by the estimate of its tokens, times the worst that one was ever off."""
+        return self._estimated(question) * self._worst_ratio
+
+    def _estimated(self, question: Question) -> float:
+        return self._manners.prices.cost(question.num_tokens, self._asked.output_limit(len(question.points)))
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C stops the asking, the second one the program."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+        def interrupt() -> None:
+            if self._interrupted and task is not None:
+                task.cancel()
+            self._interrupted = True
+            self._stop.set()
+
+        try:
+            loop.add_signal_handler(signal.SIGINT, interrupt)
+        except (NotImplementedError, ValueError, RuntimeError):  # Windows, or not the main thread
+            yield
+            return
+        try:
+            yield
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+
+
+class _GroupCommit:
+    """Commits in a thread; calls that come home during one commit share the next.
+
+    So each waits for the disk once or twice, however many there are.
+    """
+
+    def __init__(self, store: AnswerStore) -> None:
+        self._store = store
+        self._waiting: list[tuple[Call, asyncio.Future[None]]] = []
+        self._some = asyncio.Event()
+
+    async def commit(self, call: Call) -> None:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((call, done))
+        self._some.set()
+        await done
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        writer = asyncio.create_task(self._write())
+        try:
+            yield
+        finally:
+            writer.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await writer
+
+    async def _write(self) -> None:
+        while True:
+            await self._some.wait()
+            self._some.clear()
+            batch, self._waiting = self._waiting, []
+            problem = await asyncio.to_thread(self._record, [call for call, _ in batch])
+            for _, done in batch:
+                if done.cancelled():
+                    continue
+                if problem is None:
+                    done.set_result(None)
+                else:
+                    done.set_exception(problem)
+
+    def _record(self, calls: Sequence[Call]) -> PrefmoeError | None:
+        try:
+            self._store.record(calls)
+        except PrefmoeError as problem:
+            return problem
+        return None

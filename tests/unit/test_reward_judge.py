@@ -1,0 +1,95 @@
+"""`data.labels: {judge: ...}` in a training config: what is missing is labelled first."""
+
+import pytest
+import yaml
+
+from data_helpers import write_rows
+from judge_helpers import TASKS_YAML, pairs, side_by_hash
+from judge_server import JudgeServer
+from prefmoe.errors import ConfigError, PrefmoeError
+from prefmoe.reward.settings import check_settings, load_settings
+from prefmoe.reward.splits import label_splits
+
+pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
+
+
+def settings(folder, url, **judge):
+    (folder / "tasks.yaml").write_text(TASKS_YAML, encoding="utf-8")
+    labels = {"judge": "m", "base_url": url, "attempts": 1, **judge}
+    data = {"train": "unused", "labels": labels, "tasks_file": str(folder / "tasks.yaml")}
+    return check_settings({"data": data, "out": str(folder / "runs" / "a")}, where="config")
+
+
+def splits():
+    rows = pairs(6)
+    return {"train": rows[:3], "validation": rows[3:5], "test": rows[5:]}
+
+
+def test_training_and_validation_pairs_are_labelled_and_test_pairs_are_not(tmp_path):
+    with JudgeServer() as server:
+        labelled = label_splits(splits(), settings(tmp_path, server.url))
+        assert len(server.requests) == 5 * 4
+        again = label_splits(splits(), settings(tmp_path, server.url))
+        assert len(server.requests) == 5 * 4  # a resumed run finds its answers, a run beside it too
+    assert again == labelled
+    assert (tmp_path / "runs" / "answers.sqlite").exists()
+    for name in ("train", "validation"):
+        for before, after in zip(splits()[name], labelled[name], strict=True):
+            assert dict(after.capabilities) == dict.fromkeys(["wit", "brevity"], side_by_hash(before))
+    assert labelled["test"] == splits()["test"]
+
+
+def test_a_budget_that_ends_too_early_stops_the_training(tmp_path):
+    with (
+        JudgeServer() as server,
+        pytest.raises(PrefmoeError, match="raise max_calls or max_usd, the same command"),
+    ):
+        label_splits(splits(), settings(tmp_path, server.url, max_calls=3))
+
+
+def test_progress_is_shown(tmp_path):
+    seen = []
+
+    class Bar:
+        def __init__(self, label, total):
+            seen.append((label, total))
+
+        def __enter__(self):
+            return seen.append
+
+        def __exit__(self, *_):
+            return None
+
+    with JudgeServer() as server:
+        label_splits(splits(), settings(tmp_path, server.url), progress=Bar)
+    assert seen == [("labels by m", 20), *[1] * 20]
+
+
+def test_a_judge_needs_a_tasks_file(tmp_path):
+    chosen = settings(tmp_path, "http://127.0.0.1:1")
+    without = chosen.model_copy(update={"data": chosen.data.model_copy(update={"tasks_file": None})})
+    with pytest.raises(ConfigError, match="data.labels is a judge, but data.tasks_file is not given"):
+        label_splits(splits(), without)
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        ({"judge": "m", "basurl": "x"}, r"data.labels.basurl: unknown key; did you mean 'base_url'\?"),
+        ({"judge": "m", "max_calls": 0}, "data.labels.max_calls: Input should be greater than 0; got 0"),
+        ({"judge": "m", "max_usd": 1}, "data.labels: max_usd needs input_price and output_price"),
+        ({}, "data.labels.judge: missing; add it"),
+        ("rule", "data.labels: Input should be 'columns' or 'rules'; got 'rule'"),
+    ],
+)
+def test_mistakes_in_a_config_are_named(labels, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        check_settings({"data": {"train": "x", "labels": labels}}, where="config")
+
+
+def test_a_config_with_a_judge_is_read_back_as_it_was_written(tmp_path):
+    chosen = settings(tmp_path, "http://127.0.0.1:1")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(chosen.model_dump()), encoding="utf-8")
+    assert load_settings(path) == chosen
+    assert write_rows(tmp_path / "x.jsonl", [])
