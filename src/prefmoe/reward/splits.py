@@ -17,9 +17,9 @@ from prefmoe.labeling.judge.labeler import JudgeLabeler, Report, require_everyth
 from prefmoe.labeling.judge.settings import JudgeSettings
 from prefmoe.labeling.judge.store import AnswerStore
 from prefmoe.records import PreferencePair
-from prefmoe.reward.progress import Progress, silent
-from prefmoe.reward.run import process_state
 from prefmoe.reward.settings import DataSettings, RewardSettings
+from prefmoe.runs.progress import Progress, silent
+from prefmoe.runs.run import process_state
 
 ONE_TASK = "all"
 _ASKED_SPLITS = ("train", "validation")
