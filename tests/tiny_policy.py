@@ -33,7 +33,12 @@ def _model(family: str, dtype: torch.dtype) -> PreTrainedModel:
     if family == "gpt2":
         sizes |= {"n_embd": 16, "n_layer": 3, "n_head": 4, "n_positions": 256}
     else:
-        sizes |= {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+        sizes |= {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+        }
         sizes |= {"num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 256}
     config = AutoConfig.for_model(family, **sizes)
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -65,7 +65,10 @@ def test_float32_linear_keeps_the_activation_as_it_came():
 
 @pytest.mark.parametrize("asked", ["x", "weight"])
 def test_float32_linear_with_only_one_gradient_asked(asked):
-    x, weight = torch.randn(4, 6, requires_grad=asked == "x"), torch.randn(3, 6, requires_grad=asked == "weight")
+    x, weight = (
+        torch.randn(4, 6, requires_grad=asked == "x"),
+        torch.randn(3, 6, requires_grad=asked == "weight"),
+    )
     float32_linear(x, weight).sum().backward()
     assert (x.grad is not None, weight.grad is not None) == (asked == "x", asked == "weight")
 

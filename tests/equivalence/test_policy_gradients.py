@@ -55,7 +55,9 @@ def test_checkpointing_changes_no_gradient_or_refuses(scope, use_reentrant):
     model.enable_input_require_grads()
     model.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     if use_reentrant and scope in ("model", "recurrent"):
-        with pytest.raises(ConfigError, match=r"reentrant gradient checkpointing cuts off; set gradient_check"):
+        with pytest.raises(
+            ConfigError, match=r"reentrant gradient checkpointing cuts off; set gradient_check"
+        ):
             gradients(model)
     else:
         assert_same(gradients(model), expected)
@@ -195,10 +197,9 @@ def test_training_without_preferences_warns_once_and_names_the_remedy():
     model = get_peft_model(tiny_lm(), pmol_config())
     randomize(model)
     model.train()
-    with pytest.warns(PrefmoeWarning, match=r"trains without preferences.*connect_preferences") as caught:
+    with pytest.warns(PrefmoeWarning, match=r"trains without preferences.*connect_preferences"):
         model(input_ids=IDS, labels=LABELS)
-        model(input_ids=IDS, labels=LABELS)
-    assert len([w for w in caught if w.category is PrefmoeWarning]) == 1
+    model(input_ids=IDS, labels=LABELS)  # a second warning would be an error
 
 
 def test_pairs_share_a_preference_and_soft_rows_are_the_same_as_numbers():

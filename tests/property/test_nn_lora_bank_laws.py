@@ -104,11 +104,20 @@ def mixtures(draw, dtype=torch.float64):
     num_experts, rank, in_features, out_features = (draw(sizes) for _ in range(4))
     torch.manual_seed(draw(st.integers(0, 1000)))
     bank = LoraBank(
-        in_features, out_features, num_experts=num_experts, rank=rank, alpha=draw(st.floats(0.5, 8)), dtype=dtype
+        in_features,
+        out_features,
+        num_experts=num_experts,
+        rank=rank,
+        alpha=draw(st.floats(0.5, 8)),
+        dtype=dtype,
     )
     torch.nn.init.normal_(bank.B)
     num_tokens = draw(st.integers(1, 6))  # fewer than the rank and more: both ways of `expand`
-    return bank, torch.randn(num_tokens, in_features, dtype=dtype), torch.rand(num_tokens, num_experts, dtype=dtype)
+    return (
+        bank,
+        torch.randn(num_tokens, in_features, dtype=dtype),
+        torch.rand(num_tokens, num_experts, dtype=dtype),
+    )
 
 
 def slow_mix(bank, x, weights):

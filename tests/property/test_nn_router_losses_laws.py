@@ -54,7 +54,9 @@ def cases(draw):
     groups = draw(st.sampled_from(LAYOUTS))
     torch.manual_seed(draw(st.integers(0, 1000)))
     lengths = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
-    texts = [(2 * torch.randn(length, groups.num_choices, dtype=torch.float64)).tolist() for length in lengths]
+    texts = [
+        (2 * torch.randn(length, groups.num_choices, dtype=torch.float64)).tolist() for length in lengths
+    ]
     preferences = []
     for _ in texts:
         kind = draw(st.sampled_from(["one", "soft", "none"]))
@@ -87,7 +89,9 @@ def value_and_gradient(name, groups, texts, preferences, **padding):
 
 
 def close(got, expected):
-    torch.testing.assert_close(got.detach(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(
+        got.detach(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8
+    )
 
 
 @laws
@@ -220,7 +224,9 @@ def test_the_group_loss_is_0_where_shares_equal_the_target_and_more_elsewhere(nu
     target = torch.rand(1, num_groups, dtype=torch.float64).softmax(dim=-1)
     soft = torch.tensor([slow.soft_target(target[0].tolist(), smoothing)], dtype=torch.float64)
     there = soft.log()[None].requires_grad_()
-    at_minimum = group_soft_loss(there.log_softmax(dim=-1), target, torch.ones(1, 1).double(), smoothing=smoothing)
+    at_minimum = group_soft_loss(
+        there.log_softmax(dim=-1), target, torch.ones(1, 1).double(), smoothing=smoothing
+    )
     at_minimum.backward()
     torch.testing.assert_close(at_minimum.detach(), torch.zeros((), dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(there.grad, torch.zeros_like(there), rtol=0, atol=1e-12)

@@ -130,7 +130,8 @@ def test_permuting_experts_permutes_their_weights(case, top_k, random):
     places += [groups.num_experts] * groups.has_empty
     top_k = min(top_k, groups.num_experts)
     torch.testing.assert_close(
-        route_tokens(logits[:, places], groups, top_k=top_k), route_tokens(logits, groups, top_k=top_k)[:, places]
+        route_tokens(logits[:, places], groups, top_k=top_k),
+        route_tokens(logits, groups, top_k=top_k)[:, places],
     )
 
 

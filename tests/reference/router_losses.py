@@ -43,7 +43,9 @@ def group_hinge(texts, preferences, sizes, *, threshold):
     for tokens, preference in zip(texts, preferences, strict=True):
         for logits in tokens if preference else []:
             shares = group_shares(logits, sizes)
-            losses.append(sum(p * max(0.0, threshold - c) ** 2 for p, c in zip(preference, shares, strict=True)))
+            losses.append(
+                sum(p * max(0.0, threshold - c) ** 2 for p, c in zip(preference, shares, strict=True))
+            )
     return mean(losses)
 
 

@@ -143,7 +143,9 @@ def test_the_first_dpo_loss_is_log_2_for_a_fresh_and_for_a_loaded_adapter(loaded
 
 
 def test_rows_without_and_with_soft_preferences(tmp_path):
-    soft = [{**row, "preference": [[1.0, 0.0], [0.25, 0.75], [0.5, 0.5]][i % 3]} for i, row in enumerate(PAIRS)]
+    soft = [
+        {**row, "preference": [[1.0, 0.0], [0.25, 0.75], [0.5, 0.5]][i % 3]} for i, row in enumerate(PAIRS)
+    ]
     for rows in (PAIRS, soft):
         trainer = trainer_of("dpo", tmp_path, rows=rows)
         trainer.train()
@@ -171,9 +173,25 @@ def test_evaluation_logs_its_own_values(tmp_path):
     assert {"eval_router/group_loss", "eval_router/load_a", "eval_router/group_accuracy"} <= logged.keys()
 
 
+def test_passes_without_gradient_while_training_are_not_in_the_log(tmp_path):
+    """KTO's mismatched pairs and answers being generated are not what the routers learn from."""
+    trainer = trainer_of("dpo", tmp_path)
+    trainer.model.train()
+    ids = torch.full((2, 5), 7)
+    with torch.no_grad():
+        trainer.model(input_ids=ids)
+    trainer.log({"loss": 0.0})
+    assert not [key for key in trainer.state.log_history[-1] if "router" in key]
+    trainer.model(input_ids=ids, preferences=torch.tensor([0, 1]))
+    trainer.log({"loss": 0.0})
+    assert "router/group_loss" in trainer.state.log_history[-1]
+
+
 def test_a_missing_column(tmp_path):
     rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in PAIRS]
-    with pytest.raises(DataError, match=r"no column 'preference'; they have .*chosen.*; add one with each row's"):
+    with pytest.raises(
+        DataError, match=r"no column 'preference'; they have .*chosen.*; add one with each row's"
+    ):
         trainer_of("dpo", tmp_path, rows=rows)
 
 
@@ -190,19 +208,23 @@ def test_a_trainer_that_is_not_connected_warns(tmp_path):
 
 
 def test_packed_rows_lose_their_preference(tmp_path):
-    with pytest.raises(DataError, match=r"packed rows lose it: set packing=False"):
+    with pytest.raises(DataError, match=r"packed rows lose their preference: set packing=False"):
         trainer_of("sft", tmp_path, packing=True, max_length=64).train()
 
 
 def test_a_trainer_without_a_pmol_adapter(tmp_path):
-    with pytest.raises(ConfigError, match=r"is a LlamaForCausalLM without a PMoL adapter; give the trainer peft_con"):
+    with pytest.raises(
+        ConfigError, match=r"is a LlamaForCausalLM without a PMoL adapter; give the trainer peft_con"
+    ):
         trainer_of("sft", tmp_path, model=tiny_lm())
 
 
 def test_one_name_for_a_connected_dpo_trainer(tmp_path):
     trainer = PMoLDPOTrainer(
         model=tiny_lm(),
-        args=DPOConfig(output_dir=str(tmp_path), max_steps=1, logging_steps=1, report_to="none", use_cpu=True, bf16=False),
+        args=DPOConfig(
+            output_dir=str(tmp_path), max_steps=1, logging_steps=1, report_to="none", use_cpu=True, bf16=False
+        ),
         train_dataset=Dataset.from_list([{**row, "kind": row.pop("preference")} for row in map(dict, PAIRS)]),
         processing_class=tokenizer(),
         peft_config=pmol_config(),
@@ -212,7 +234,9 @@ def test_one_name_for_a_connected_dpo_trainer(tmp_path):
     assert "router/group_loss" in trainer.state.log_history[0]
 
 
-@pytest.mark.parametrize("config", [{}, {"router": "recurrent", "router_size": 8}], ids=["linear", "recurrent"])
+@pytest.mark.parametrize(
+    "config", [{}, {"router": "recurrent", "router_size": 8}], ids=["linear", "recurrent"]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_exactly(config, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant", "config": config}
     whole = trainer_of("dpo", tmp_path / "whole", max_steps=4, **options)

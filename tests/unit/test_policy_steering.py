@@ -63,11 +63,17 @@ def test_samples_and_beams_of_a_prompt_share_its_weights():
     rows = [{"a": 5.0}, {"a": 0.0}, {"b": 5.0}]
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     with model.base_model.steered(rows):
-        beams = model.generate(IDS, attention_mask=torch.ones_like(IDS), num_beams=2, num_return_sequences=2, **options)
+        beams = model.generate(
+            IDS, attention_mask=torch.ones_like(IDS), num_beams=2, num_return_sequences=2, **options
+        )
     for number, (row, ids) in enumerate(zip(rows, IDS, strict=True)):
         with model.base_model.steered(row):
             alone = model.generate(
-                ids[None], attention_mask=torch.ones(1, 6).long(), num_beams=2, num_return_sequences=2, **options
+                ids[None],
+                attention_mask=torch.ones(1, 6).long(),
+                num_beams=2,
+                num_return_sequences=2,
+                **options,
             )
         assert torch.equal(beams[2 * number : 2 * number + 2], alone)
 
@@ -111,5 +117,7 @@ def test_weights_that_cannot_be(weights, sentence):
 def test_weights_of_another_number_of_texts():
     model = tiny_policy()
     model.base_model.set_preference_weights([{"a": 2.0}] * 2)
-    with pytest.raises(ShapeError, match=r"weights for 2 texts, but the batch has 3; give one set for all, or"):
+    with pytest.raises(
+        ShapeError, match=r"weights for 2 texts, but the batch has 3; give one set for all, or"
+    ):
         logits(model)

@@ -69,7 +69,10 @@ def test_nothing_is_trained_but_banks_and_routers_and_all_of_them_get_a_gradient
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trained
-    assert all(".pmol_bank.default." in n or ".pmol_router.default." in n or ".pmol_cell.default." in n for n in trained)
+    assert all(
+        ".pmol_bank.default." in n or ".pmol_router.default." in n or ".pmol_cell.default." in n
+        for n in trained
+    )
     assert not [name for name in frozen if "pmol_" in name]
     preferences = torch.tensor([0, 1, 0, 1])
     model(input_ids=IDS, labels=IDS, preferences=preferences).loss.backward()
@@ -308,7 +311,9 @@ def test_gpt2_with_its_transposed_linear_layers(name, saved):
     model = tiny_policy(tiny_lm("gpt2"), **CONFIGS[name])
     assert not torch.allclose(logits(model), base)
     folder = saved(model)
-    assert torch.equal(logits(PeftModel.from_pretrained(tiny_lm("gpt2"), folder, adapter_name="x")), logits(model))
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(tiny_lm("gpt2"), folder, adapter_name="x")), logits(model)
+    )
 
 
 class TwoPaths(nn.Module):
@@ -329,7 +334,9 @@ def test_a_plain_module_whose_layers_see_different_tokens():
     x = torch.randn(8, 6)
     plain = TwoPaths()
     expected = plain(x)
-    config = pmol_config(task_type=None, target_modules=["down", "0", "1"], router_scope="linear", group_loss="none")
+    config = pmol_config(
+        task_type=None, target_modules=["down", "0", "1"], router_scope="linear", group_loss="none"
+    )
     model = get_peft_model(plain, config)
     assert torch.equal(model(x), expected)
     randomize(model)

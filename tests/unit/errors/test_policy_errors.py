@@ -25,12 +25,21 @@ pytestmark = pytest.mark.filterwarnings(
         ({"groups": {"a": 0, "b": 1}}, r"group 'a' has 0 experts; every group needs 1 or more"),
         ({"groups": {"a": 1.5}}, r"group 'a' has 1.5 experts"),
         ({"groups": {}}, r"no groups; give the number of experts by preference, such as \{'helpful': 2"),
-        ({"groups": {"a": 1, "empty": 1}}, r"'empty' is the name of the empty expert; call the group something else"),
+        (
+            {"groups": {"a": 1, "empty": 1}},
+            r"'empty' is the name of the empty expert; call the group something else",
+        ),
         ({"top_k": 4}, r"top_k=4, but there are 3 experts; choose 1 to 3"),
         ({"top_k": 0}, r"top_k=0, but there are 3 experts; choose 1 to 3"),
-        ({"router_scope": "blok"}, r"router_scope='blok' is not one of linear, block, model; did you mean 'block'\?"),
+        (
+            {"router_scope": "blok"},
+            r"router_scope='blok' is not one of linear, block, model; did you mean 'block'\?",
+        ),
         ({"group_loss": "softt"}, r"group_loss='softt' is not one of soft, .*did you mean 'soft'"),
-        ({"router": "recurrent", "router_scope": "linear"}, r"hands its state from block to block; .* choose 'block'"),
+        (
+            {"router": "recurrent", "router_scope": "linear"},
+            r"hands its state from block to block; .* choose 'block'",
+        ),
         ({"rank": 0}, r"rank=0; expected 1 to inf"),
         ({"group_smoothing": 1.5}, r"group_smoothing=1.5; expected 0 to 1"),
         ({"temperature": 0.0}, r"temperature=0.0; expected a number above 0"),
@@ -57,9 +66,15 @@ def test_one_group_only_switches_the_group_loss_off_and_says_so():
 @pytest.mark.parametrize(
     ("target_modules", "sentence"),
     [
-        (["q_prj"], r"target_modules=\['q_prj'\] matches no module of LlamaForCausalLM; nearest: 'q_proj' \(3 mod"),
+        (
+            ["q_prj"],
+            r"target_modules=\['q_prj'\] matches no module of LlamaForCausalLM; nearest: 'q_proj' \(3 mod",
+        ),
         (["zzzzz"], r"matches no module of LlamaForCausalLM; linear layers: .*'down_proj' \(3 modules\)"),
-        (["embed_tokens"], r"target module 'model.embed_tokens' is a Embedding; PMoL's experts sit in linear layers"),
+        (
+            ["embed_tokens"],
+            r"target module 'model.embed_tokens' is a Embedding; PMoL's experts sit in linear layers",
+        ),
         (["input_layernorm"], r"is a LlamaRMSNorm; PMoL's experts sit in linear layers; exclude it"),
     ],
 )
@@ -86,16 +101,23 @@ def test_layers_that_see_other_tokens_than_their_router():
         def forward(self, x):
             return self.second(self.first(x)[:1])
 
-    config = pmol_config(task_type=None, target_modules=["first", "second"], router_scope="model", group_loss="none")
+    config = pmol_config(
+        task_type=None, target_modules=["first", "second"], router_scope="model", group_loss="none"
+    )
     model = get_peft_model(Split(), config)
-    with pytest.raises(ShapeError, match=r"sees tokens of shape \(1,\), its router saw \(3,\); use router_scope='lin"):
+    with pytest.raises(
+        ShapeError, match=r"sees tokens of shape \(1,\), its router saw \(3,\); use router_scope='lin"
+    ):
         model(torch.zeros(3, 4))
 
 
 @pytest.mark.parametrize(
     ("preferences", "sentence"),
     [
-        (torch.tensor([0, 1, 0]), r"got \(3,\) for 4 texts and 2 groups; give one number, or one share a group"),
+        (
+            torch.tensor([0, 1, 0]),
+            r"got \(3,\) for 4 texts and 2 groups; give one number, or one share a group",
+        ),
         (torch.rand(4, 3), r"got \(4, 3\) for 4 texts and 2 groups"),
     ],
 )
