@@ -195,9 +195,9 @@ def test_training_without_preferences_warns_once_and_names_the_remedy():
     model = get_peft_model(tiny_lm(), pmol_config())
     randomize(model)
     model.train()
-    with pytest.warns(PrefmoeWarning, match=r"trains without preferences.*connect_preferences") as caught:
-        [model(input_ids=IDS, labels=LABELS) for _ in range(2)]
-    assert len([w for w in caught if w.category is PrefmoeWarning]) == 1
+    with pytest.warns(PrefmoeWarning, match=r"trains without preferences.*connect_preferences"):
+        model(input_ids=IDS, labels=LABELS)
+    model(input_ids=IDS, labels=LABELS)  # a second warning would be an error
 
 
 def test_pairs_share_a_preference_and_soft_rows_are_the_same_as_numbers():
@@ -209,3 +209,20 @@ def test_pairs_share_a_preference_and_soft_rows_are_the_same_as_numbers():
         if parameter.grad is not None:
             assert torch.equal(parameter.grad, hard[name])
     assert_same(soft, hard)
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="blocks computed again see the batch of the later pass")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_two_passes_before_one_backward_pass_under_checkpointing(use_reentrant):
+    """A known limit. No trainer of TRL's does this: its pairs are one batch, its references have no gradient."""
+
+    def both(model):
+        model.train().enable_input_require_grads()
+        first = model(input_ids=IDS, labels=LABELS, preferences=torch.tensor([0, 1, 0, 1]))
+        second = model(input_ids=tokens(seed=1), labels=LABELS, preferences=torch.tensor([1, 0, 0, 0]))
+        (first.loss + second.loss).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    model = tiny_policy(**LOUD)
+    model.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert_same(both(model), both(tiny_policy(**LOUD)))

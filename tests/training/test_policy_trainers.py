@@ -45,6 +45,12 @@ LABELED = [
 ONLINE = {"num_generations": 2, "max_completion_length": 4, "beta": 0.01}
 
 
+def tokenizer():
+    tokenizer = byte_tokenizer(CHATML)
+    tokenizer.pad_token = "</s>"
+    return tokenizer
+
+
 def length_reward(completions, **_):
     return [float(len(completion)) for completion in completions]
 
@@ -88,7 +94,7 @@ def trainer_of(name, out, *, rows=None, model=None, connect=True, config=None, *
         args=arguments(**settings),
         train_dataset=rows,
         eval_dataset=rows if "eval_strategy" in options else None,
-        processing_class=byte_tokenizer(CHATML),
+        processing_class=tokenizer(),
         **more,
     )
     return connect_preferences(trainer) if connect else trainer
@@ -122,7 +128,7 @@ def test_preferences_reach_the_routers_and_values_the_log(name, tmp_path):
     assert {f"router/{name}" for name in names} <= logged.keys()
     loads = [logged[f"router/{part}"] for part in ("load_a", "load_b", "empty_frac")]
     assert sum(loads) == pytest.approx(1.0, abs=1e-4)
-    assert logged["router/group_loss"] == pytest.approx(math.log(2), abs=0.5)
+    assert logged["router/group_loss"] > 0.1
 
 
 @pytest.mark.parametrize("loaded", [False, True])
@@ -167,6 +173,20 @@ def test_evaluation_logs_its_own_values(tmp_path):
     assert {"eval_router/group_loss", "eval_router/load_a", "eval_router/group_accuracy"} <= logged.keys()
 
 
+def test_passes_without_gradient_while_training_are_not_in_the_log(tmp_path):
+    """KTO's mismatched pairs and answers being generated are not what the routers learn from."""
+    trainer = trainer_of("dpo", tmp_path)
+    trainer.model.train()
+    ids = torch.full((2, 5), 7)
+    with torch.no_grad():
+        trainer.model(input_ids=ids)
+    trainer.log({"loss": 0.0})
+    assert not [key for key in trainer.state.log_history[-1] if "router" in key]
+    trainer.model(input_ids=ids, preferences=torch.tensor([0, 1]))
+    trainer.log({"loss": 0.0})
+    assert "router/group_loss" in trainer.state.log_history[-1]
+
+
 def test_a_missing_column(tmp_path):
     rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in PAIRS]
     with pytest.raises(
@@ -188,9 +208,7 @@ def test_a_trainer_that_is_not_connected_warns(tmp_path):
 
 
 def test_packed_rows_lose_their_preference(tmp_path):
-    with pytest.raises(
-        DataError, match=r"no (column|') ?'?preference|packed rows lose it: set packing=False"
-    ):
+    with pytest.raises(DataError, match=r"packed rows lose their preference: set packing=False"):
         trainer_of("sft", tmp_path, packing=True, max_length=64).train()
 
 
@@ -208,7 +226,7 @@ def test_one_name_for_a_connected_dpo_trainer(tmp_path):
             output_dir=str(tmp_path), max_steps=1, logging_steps=1, report_to="none", use_cpu=True, bf16=False
         ),
         train_dataset=Dataset.from_list([{**row, "kind": row.pop("preference")} for row in map(dict, PAIRS)]),
-        processing_class=byte_tokenizer(CHATML),
+        processing_class=tokenizer(),
         peft_config=pmol_config(),
         preference_column="kind",
     )

@@ -66,10 +66,16 @@ def as_target(
         side: Which side of pairs has a preference; the other gets none.
 
     Raises:
-        ShapeError: Another number of rows or groups.
+        ShapeError: Another number of rows or groups, or a group that does not exist.
     """
     num_groups = len(groups.names)
     if preferences.ndim == 1:
+        highest = int(preferences.max()) if len(preferences) else -1
+        if highest >= num_groups:
+            raise ShapeError(
+                f"preferences: there is no group {highest}; expected 0 to {num_groups - 1} "
+                f"({', '.join(groups.names)}), or -1 for none"
+            )
         known = preferences >= 0
         target = torch.nn.functional.one_hot(preferences.clamp_min(0).long(), num_groups).float()
         target = target * known.unsqueeze(1)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from prefmoe.data.read import read_pairs
@@ -38,9 +39,11 @@ def load_saved(folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     base = load_language_model(ModelSettings(name=name))
     try:
         model = PeftModel.from_pretrained(base, folder)
-    except (OSError, RuntimeError, ValueError, KeyError) as problem:
+    except CheckpointError as problem:
+        raise CheckpointError(f"{folder}: does not fit {name}: {problem}") from problem
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as problem:
         raise CheckpointError(
-            f"{folder}: does not fit {name}, or is damaged: {str(problem).splitlines()[0]}"
+            f"{folder}: damaged, or not for {name}: {str(problem).splitlines()[0]}"
         ) from problem
     where = str(folder) if (folder / "tokenizer_config.json").exists() else name
     return model.eval(), load_tokenizer(where)

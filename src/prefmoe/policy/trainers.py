@@ -82,6 +82,10 @@ def _tuner_of(trainer: Trainer) -> PMoLModel:
 
 def _check_column(trainer: Trainer, column: str) -> None:
     names = getattr(trainer.train_dataset, "column_names", None)
+    if names and "seq_lengths" in names:
+        raise DataError(
+            "the training data are packed, and packed rows lose their preference: set packing=False"
+        )
     if names and column not in names:
         raise DataError(
             f"the training data have no column {column!r}; they have {', '.join(names)}; add one with each row's "
@@ -152,6 +156,8 @@ def _log(trainer: Trainer, routing: AdapterRouting) -> None:
     passes: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}
 
     def keep(records: Sequence[RouterRecord], batch: RoutedBatch) -> None:
+        if batch.is_training and not torch.is_grad_enabled():
+            return  # on the way to a training step: answers being generated, KTO's mismatched pairs
         mode = "train" if batch.is_training else "eval"
         passes[mode].append(summarize(records, routing.groups, batch.target))
 

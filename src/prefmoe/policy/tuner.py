@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_feat
 from peft.utils import NoMatchingPeftModuleError, register_peft_method
 from torch import Tensor, nn
 
-from prefmoe.errors import ConfigError, PrefmoeWarning
+from prefmoe.errors import CheckpointError, ConfigError, PrefmoeWarning
 from prefmoe.nn import steering_factors
 from prefmoe.policy.config import PMoLConfig
 from prefmoe.policy.layer import MERGE_REFUSED, PMoLLinear, Site, block_of
@@ -194,6 +194,28 @@ class PMoLModel(BaseTuner):
             yield kept
         finally:
             routing.listeners.remove(keep)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PMoLConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's own, and a look at the shapes while the saved file is still at hand.
+
+        Raises:
+            CheckpointError: The adapter was trained on a model of another size.
+        """
+        found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        own = model.state_dict()
+        wrong = [name for name, saved in found.items() if name in own and own[name].shape != saved.shape]
+        if wrong:
+            name = wrong[0]
+            raise CheckpointError(
+                f"PMoL adapter: {len(wrong)} of {len(found)} tensors do not fit this model; {name} is saved as "
+                f"{tuple(found[name].shape)}, expected {tuple(own[name].shape)}; load it on the model it was trained on"
+            )
+        return found
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT does it, and forgets the adapter's routing."""
