@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import LlamaForCausalLM
 
 import prefmoe
-from cli_helpers import run_cli
+from cli_helpers import run_cli, write_config
 from data_helpers import CHATML, byte_tokenizer, write_rows
 from judge_helpers import pairs as make_pairs
 from judge_helpers import side_by_hash, write_input
@@ -447,3 +448,23 @@ def test_labelling_through_an_endpoint_imports_no_torch(desk):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_training_labels_what_is_missing_first_and_pays_once(backbone_folder, tmp_path):
+    config = write_config(tmp_path, backbone_folder)
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    point = {"capabilities": {"warmth": "It is warm.", "clarity": "It is clear."}}
+    tasks = {"tasks": {name: {"description": "Talk.", **point} for name in ("advice", "facts")}}
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(tasks), encoding="utf-8")
+    content["data"]["tasks_file"] = str(tmp_path / "tasks.yaml")
+    with JudgeServer() as server:
+        content["data"]["labels"] = {"judge": "m", "base_url": server.url}
+        config.write_text(yaml.safe_dump(content), encoding="utf-8")
+        done = run_cli("reward", "train", config)
+        assert done.exit_code == 0, done.output
+        # 16 training and 8 validation pairs, both orders; warmth is labelled in the rows.
+        assert len(server.requests) == 2 * (16 + 8)
+        assert run_cli("reward", "train", config).exit_code == 0
+        assert len(server.requests) == 2 * (16 + 8)
+    saved = json.loads((tmp_path / "run" / "dmoerm" / "config.json").read_text(encoding="utf-8"))
+    assert saved["tasks"] == {"advice": ["clarity", "warmth"], "facts": ["clarity", "warmth"]}

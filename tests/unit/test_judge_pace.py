@@ -126,9 +126,9 @@ def test_a_budget_counts_earlier_sittings_and_the_worst_case_of_open_calls():
         waiting = asyncio.create_task(budget.reserve(0.3))
         await asyncio.sleep(0)
         assert not waiting.done()  # 0.5 + 0.3 + 0.3 is too much, but the open call may turn out cheaper
-        await budget.settle(0.3, 0.1)
+        budget.settle(0.3, 0.1)
         assert await waiting
-        await budget.settle(0.3, None)  # was not answered: costs nothing
+        budget.settle(0.3, None)  # was not answered: costs nothing
         assert budget.usd == pytest.approx(0.6)
         assert not await budget.reserve(0.5)
 
@@ -144,7 +144,7 @@ def test_a_budget_of_calls_is_never_exceeded():
             nonlocal done
             while await budget.reserve(0.0):
                 await asyncio.sleep(0)
-                await budget.settle(0.0, 0.0)
+                budget.settle(0.0, 0.0)
                 done += 1
 
         await asyncio.gather(*(work() for _ in range(5)))

@@ -114,7 +114,7 @@ class Asking:
                 self._problem = self._problem or problem
                 self._stop.set()
             finally:
-                await self._budget.settle(most, None if call is None else call.usd)
+                self._budget.settle(most, None if call is None else call.usd)
             if call is not None:
                 self._learn_from(call)
                 self._watch(call)

@@ -33,27 +33,27 @@ class Budget:
         self.calls, self.usd = spent.calls, spent.usd
         self._max_calls, self._max_usd = max_calls, max_usd
         self._open_calls, self._open_usd = 0, 0.0
-        self._settled = asyncio.Condition()
+        self._settled = asyncio.Event()
 
     async def reserve(self, usd: float) -> bool:
         """Whether another call that costs at most `usd` may begin; waits for calls under way if they decide."""
-        async with self._settled:
-            await self._settled.wait_for(lambda: self._fits(usd) or not self._open_calls)
-            if not self._fits(usd):
+        while not self._fits(usd):
+            if not self._open_calls:
                 return False
-            self._open_calls += 1
-            self._open_usd += usd
-            return True
+            self._settled.clear()
+            await self._settled.wait()
+        self._open_calls += 1
+        self._open_usd += usd
+        return True
 
-    async def settle(self, reserved: float, usd: float | None) -> None:
+    def settle(self, reserved: float, usd: float | None) -> None:
         """A call is over that had `reserved`; it cost `usd`, or was not answered (None)."""
-        async with self._settled:
-            self._open_calls -= 1
-            self._open_usd = self._open_usd - reserved if self._open_calls else 0.0
-            if usd is not None:
-                self.calls += 1
-                self.usd += usd
-            self._settled.notify_all()
+        self._open_calls -= 1
+        self._open_usd = self._open_usd - reserved if self._open_calls else 0.0
+        if usd is not None:
+            self.calls += 1
+            self.usd += usd
+        self._settled.set()
 
     def _fits(self, usd: float) -> bool:
         if self._max_calls is not None and self.calls + self._open_calls >= self._max_calls:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from prefmoe.errors import ConfigError, DataError, join_problems
 from prefmoe.labeling.judge.wording import Wording
@@ -19,37 +20,60 @@ _CHARACTERS_PER_TOKEN = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Question:
-    """One call: two completions in one order, and the points asked about.
+    """One call: two completions in one order, and the points asked about. Its texts are put together when needed.
 
     Attributes:
         key: Hash of judge, template, texts, points and order.
         group: The same without the order: a question and its mirror share it.
         pair: Hash of the pair's texts.
+        source: The pair itself.
         swapped: Whether the rejected completion is shown first.
-        allowed: The answers that count.
+        kind: What kind of conversation it is. `ending`: the points, and how to reply.
     """
 
     key: str
     group: str
     judge: str
     pair: str
-    pair_id: str
+    source: PreferencePair
     task: str
     points: tuple[str, ...]
     swapped: bool
-    system: str
-    user: str
-    allowed: tuple[str, ...]
+    wording: Wording
+    kind: str
+    ending: str
 
     @property
+    def pair_id(self) -> str:
+        """The pair's id, for people."""
+        return self.source.id
+
+    @property
+    def system(self) -> str:
+        """The system message."""
+        return self.wording.system
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The answers that count."""
+        return self.wording.allowed
+
+    @cached_property
+    def user(self) -> str:
+        """The user message."""
+        pair = self.source
+        first, second = (pair.rejected, pair.chosen) if self.swapped else (pair.chosen, pair.rejected)
+        return f"{self.kind}\n\n{self.wording.texts(pair.prompt, first, second)}\n\n{self.ending}"
+
+    @cached_property
     def num_tokens(self) -> int:
         """Roughly how many tokens are sent; what an endpoint counts replaces it once it has answered."""
         return estimated_tokens(self.system) + estimated_tokens(self.user) + 8  # 8: the chat template's own
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Interview:
     """Which questions a judge is asked about a pair; they depend on the pair, not on the other pairs.
 
@@ -67,41 +91,34 @@ class Interview:
     wording: Wording = field(default_factory=Wording)
     points_per_call: int = 1
     skip_labelled: bool = True
+    _phrases: dict[tuple[str, tuple[str, ...]], tuple[str, str, str]] = field(
+        default_factory=dict, init=False
+    )
 
     def questions(self, pair: PreferencePair) -> Iterator[Question]:
         """All questions on a pair, both orders of the same points one after the other."""
-        name = self.task_of(pair)
+        task = self.task_of(pair)
         known = pair.capabilities if self.skip_labelled else ()
-        points = [point for point in self.points[name] if point not in known]
-        if not points:
-            return
-        task, pair_hash = self.tasks[name], hash_pair(pair)
+        points = [point for point in self.points[task] if point not in known]
+        pair_hash = hash_pair(pair) if points else ""
         for start in range(0, len(points), self.points_per_call):
             asked = tuple(points[start : start + self.points_per_call])
-            ending = self.wording.ending(task, asked)
-            group = digest(
-                self.judge,
-                self.wording.fingerprint,
-                self.wording.description(task),
-                pair_hash,
-                ending,
-                *asked,
-            )
+            kind, ending, phrases = self._phrases_of(task, asked)
+            group = digest(self.judge, phrases, pair_hash)
             for swapped in (False, True):
-                first, second = (pair.rejected, pair.chosen) if swapped else (pair.chosen, pair.rejected)
+                key = digest(group, "swapped" if swapped else "as given")
                 yield Question(
-                    key=digest(group, "swapped" if swapped else "as given"),
-                    group=group,
-                    judge=self.judge,
-                    pair=pair_hash,
-                    pair_id=pair.id,
-                    task=name,
-                    points=asked,
-                    swapped=swapped,
-                    system=self.wording.system,
-                    user=f"{self.wording.beginning(task, pair.prompt, first, second)}\n\n{ending}",
-                    allowed=self.wording.allowed,
+                    key, group, self.judge, pair_hash, pair, task, asked, swapped, self.wording, kind, ending
                 )
+
+    def _phrases_of(self, task: str, points: tuple[str, ...]) -> tuple[str, str, str]:
+        """What stands before and behind the texts, and a hash of all that is not the texts."""
+        found = self._phrases.get((task, points))
+        if found is None:
+            kind, ending = self.wording.kind(self.tasks[task]), self.wording.ending(self.tasks[task], points)
+            found = kind, ending, digest(self.wording.fingerprint, kind, ending, *points)
+            self._phrases[task, points] = found
+        return found
 
     def task_of(self, pair: PreferencePair) -> str:
         """The pair's task; where the tasks file has only one, pairs without a task belong to it."""
@@ -166,8 +183,9 @@ def digest(*parts: str) -> str:
 
 
 def estimated_tokens(text: str) -> int:
-    """A guess without a tokenizer: a quarter token a character, one for characters beyond Latin scripts."""
-    if text.isascii():
-        return -(-len(text) // _CHARACTERS_PER_TOKEN)
-    wide = sum(character >= "\u0590" for character in text)
-    return wide + -(-(len(text) - wide) // _CHARACTERS_PER_TOKEN)
+    """A guess without a tokenizer: a quarter token a character, about one for a character of a wide script.
+
+    Wide ones are counted by their bytes of UTF-8: three, where Latin letters have one.
+    """
+    wide = 0 if text.isascii() else (len(text.encode("utf-8", "surrogatepass")) - len(text)) // 2
+    return wide + max(0, -(-(len(text) - wide) // _CHARACTERS_PER_TOKEN))

@@ -120,10 +120,9 @@ class Wording:
         """The system message."""
         return TEMPLATES[self.language].system
 
-    def beginning(self, task: Task, prompt: Messages, first: Messages, second: Messages) -> str:
-        """What is the same for every point: the kind of conversation and the texts."""
-        kind = TEMPLATES[self.language].task.format(self.description(task))
-        return f"{kind}\n\n{self.texts(prompt, first, second)}"
+    def kind(self, task: Task) -> str:
+        """What kind of conversation it is; stands before the texts, the same for every point."""
+        return TEMPLATES[self.language].task.format(self.description(task))
 
     def texts(self, prompt: Messages, first: Messages, second: Messages) -> str:
         """The conversation and the two completions."""
