@@ -9,7 +9,7 @@ adapters. It imports neither torch nor transformers itself: names are loaded whe
 import importlib
 import typing
 
-from prefmoe.import_hook import import_after
+from prefmoe import import_hook
 
 if typing.TYPE_CHECKING:
     from prefmoe.data.read import read_completions, read_pairs
@@ -67,5 +67,5 @@ def __dir__() -> list[str]:
     return [*globals(), *__all__]
 
 
-import_after("transformers.models.auto.configuration_auto", "prefmoe.reward.config")
-import_after("peft", "prefmoe.policy.tuner")
+import_hook.import_after("transformers.models.auto.configuration_auto", "prefmoe.reward.config")
+import_hook.import_after("peft", "prefmoe.policy.tuner")

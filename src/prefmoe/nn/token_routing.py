@@ -255,8 +255,8 @@ def group_log_masses(
 
     Example:
         >>> groups = ExpertGroups(("a", "b"), (3, 1))
-        >>> group_log_masses(torch.zeros(5), groups).exp().tolist()
-        [0.75, 0.25]
+        >>> [f"{mass:.2f}" for mass in group_log_masses(torch.zeros(5), groups).exp().tolist()]
+        ['0.75', '0.25']
     """
     experts = at_least_float32(logits)[..., : groups.num_experts] / temperature
     parts = [part.logsumexp(dim=-1) for part in torch.split(experts, list(groups.sizes), dim=-1)]
