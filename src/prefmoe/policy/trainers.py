@@ -40,7 +40,7 @@ def connect_preferences(trainer: AnyTrainer, column: str = "preference") -> AnyT
         DataError: The training data have no such column.
 
     Example:
-        trainer = connect_preferences(DPOTrainer(model, args, train_dataset=pairs, peft_config=PMoLConfig(...)))
+        trainer = connect_preferences(DPOTrainer(model, args=args, train_dataset=pairs, peft_config=PMoLConfig(...)))
     """
     tuner = _tuner_of(trainer)
     routing = tuner.routings[tuner.active_adapters[0]]
