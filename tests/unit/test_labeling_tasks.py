@@ -36,7 +36,11 @@ def test_a_capability_is_a_sentence_with_or_without_a_rule(tmp_path):
         ("tasks:", "task:", "tasks.yaml: task: unknown key; did you mean 'tasks'?"),
         ("description", "descripton", "tasks.chat.descripton: unknown key; did you mean 'description'?"),
         ("rule:", "rules:", "tasks.chat.capabilities.brevity.rules: unknown key; did you mean 'rule'?"),
-        ("rule:", "zzz:", "tasks.chat.capabilities.brevity.zzz: unknown key; expected 'sentence' or 'rule'"),
+        (
+            "rule:",
+            "zzz:",
+            "tasks.chat.capabilities.brevity.zzz: unknown key; expected 'sentence' or 'sentence_zh' or 'rule'",
+        ),
         ("sentence: It is short., ", "", "tasks.chat.capabilities.brevity.sentence: missing; add it"),
         ("Talk.", "''", "tasks.chat.description: empty; fill it in"),
         ("Talk.", "[1]", "tasks.chat.description: got [1]; input should be a valid string"),
