@@ -1,0 +1,1 @@
+"""What every training run has: settings from a YAML file, a folder of steps, progress for people."""
