@@ -15,6 +15,7 @@ from prefmoe.reward.jobs import ExpertJob, TrainedExpert, TrainingSettings
 from prefmoe.reward.settings import RewardSettings, check_settings
 from prefmoe.reward.training import train_experts
 from prefmoe.reward.workbench import Workbench, build_workbench
+from prefmoe.runs.precision import resolve_dtype
 from tiny import tiny_backbone
 
 # What people like: the same word is good in one task and bad in the other, so one head for both must fail.
@@ -110,7 +111,7 @@ def tiny_bench(
     settings: RewardSettings, pairs: dict[str, list[PreferencePair]] | None = None, **options: object
 ) -> Workbench:
     """A workbench on a random backbone of three layers."""
-    dtype = getattr(torch, settings.backbone.dtype)
+    dtype = resolve_dtype(settings.backbone.dtype, torch.device("cpu"))
     return build_workbench(
         settings,
         pairs=pairs or planted_splits(),

@@ -4,11 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from prefmoe.errors import CheckpointError, ConfigError, DataError
 from prefmoe.evaluation.run_folder import read_run
 from prefmoe.runs.run import Run
-from tiny_run import tiny_settings
+from tiny_run import tiny_bench, tiny_settings
 
 
 def write(file: Path, value: int) -> None:
@@ -141,3 +142,14 @@ def test_a_folder_whose_config_is_no_config_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ConfigError, match="holds a run with another config"):
         Run(tiny_settings(tmp_path))
+
+
+def test_a_run_does_not_go_on_in_another_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` may mean another one on the next machine; mixing states of both would be wrong without a word."""
+    settings = tiny_settings(tmp_path / "run", backbone={"dtype": "auto"})
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert tiny_bench(settings).backbone.dtype == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    with pytest.raises(DataError, match="the backbone's dtype changed since this run began"):
+        tiny_bench(settings)

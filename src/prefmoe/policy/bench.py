@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,6 +14,7 @@ from prefmoe.hub import WITHOUT_A_HUB, resolve_backbone
 from prefmoe.policy.logps import completion_logps
 from prefmoe.policy.pairs import TokenPairs, encode, read_splits
 from prefmoe.policy.settings import ModelSettings, PolicySettings
+from prefmoe.runs.precision import resolve_dtype
 from prefmoe.runs.progress import Progress, silent
 from prefmoe.runs.run import Run, process_state
 
@@ -97,14 +97,15 @@ def load_language_model(settings: ModelSettings) -> PreTrainedModel:
     Raises:
         ConfigError: It cannot be loaded.
     """
-    dtype = getattr(torch, settings.dtype)
+    device = process_state().device
+    dtype = resolve_dtype(settings.dtype, device)
     try:
         model = AutoModelForCausalLM.from_pretrained(resolve_backbone(settings.name), dtype=dtype)
     except (ImportError, OSError, ValueError, SafetensorError) as problem:
         raise ConfigError(
             f"model {settings.name!r} cannot be loaded: {_first_line(problem)}; {WITHOUT_A_HUB}"
         ) from problem
-    return model.to(process_state().device)
+    return model.to(device)
 
 
 def _first_line(problem: Exception) -> str:

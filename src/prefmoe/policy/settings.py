@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from prefmoe.policy.config import BalanceLoss, GroupLoss, RouterKind, RouterScope
+from prefmoe.runs.precision import DTYPE_HELP, DtypeName
 from prefmoe.runs.settings import Section, read_settings
 
 Method = Literal[
@@ -32,7 +33,7 @@ class ModelSettings(Section):
     """The language model to align; it is the reference, too."""
 
     name: str = Field("smollm2-135m", description="folder, known name or hub id")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the frozen weights")
+    dtype: DtypeName = Field("auto", description=DTYPE_HELP)
     max_length: int = Field(
         1024, ge=8, description="tokens of a text; longer ones lose the prompt's beginning"
     )

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from prefmoe.labeling.judge.settings import JudgeSettings
 from prefmoe.nn import AggregatorKind
 from prefmoe.reward.jobs import TrainingSettings
+from prefmoe.runs.precision import DTYPE_HELP, DtypeName
 from prefmoe.runs.settings import Section, read_settings, validated
 
 # Names of the two kinds of `data.labels` in pydantic's places of errors; `read_settings` leaves them out.
@@ -52,7 +53,7 @@ class BackboneSettings(Section):
 
     name: str = Field("smollm2-135m", description="folder, known name or hub id")
     num_layers: int | None = Field(None, ge=1, description="keep only the first ones")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the frozen weights")
+    dtype: DtypeName = Field("auto", description=DTYPE_HELP)
     max_length: int = Field(1024, ge=8, description="tokens of a text; longer ones are cut")
     trunk_cache: bool = Field(True, description="keep the output of the lower layers on disk")
     trunk_cache_gib: float = Field(16.0, gt=0, description="a larger cache is not written")

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefmoe.data.render import Renderer
@@ -26,6 +25,7 @@ from prefmoe.reward.splits import (
 )
 from prefmoe.reward.texts import EncodedPairs, TextTable, encode_pairs
 from prefmoe.reward.trunk import Trunk
+from prefmoe.runs.precision import resolve_dtype
 from prefmoe.runs.progress import Progress, silent
 from prefmoe.runs.run import Run, process_state
 
@@ -119,7 +119,7 @@ def build_workbench(
     run.check_inputs(
         {f"the {name} pairs": _hash_of_pairs(rows, table) for name, rows in encoded.items()}
         | {"the prompts of the router": _hash_of([f"{table.key(text)} {task}" for text, task in prompts])}
-        | {"the backbone": weights_hash(backbone)}
+        | {"the backbone": weights_hash(backbone), "the backbone's dtype": str(backbone.dtype)}
     )
     trunk = _prepared_trunk(backbone, table, run, settings, progress=progress)
     for name, rows in encoded.items():
@@ -166,11 +166,15 @@ def _labelled_splits(
 
 
 def _load_backbone(body: BackboneSettings) -> PreTrainedModel:
+    device = process_state().device
     backbone = load_backbone(
-        body.name, num_layers=body.num_layers, dtype=getattr(torch, body.dtype), max_length=body.max_length
+        body.name,
+        num_layers=body.num_layers,
+        dtype=resolve_dtype(body.dtype, device),
+        max_length=body.max_length,
     )
     _check_positions(backbone, body.max_length)
-    return backbone.to(process_state().device)
+    return backbone.to(device)
 
 
 def _prepared_trunk(
