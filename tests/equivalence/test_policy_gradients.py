@@ -128,7 +128,8 @@ def test_riding_is_the_gradient_of_the_loss_plus_the_losses_computed_by_hand(gro
     (loss + torch.stack(losses).mean()).backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(riding[name], parameter.grad, rtol=1e-4, atol=1e-6)
+            # float32 sums in another order on every CPU: 2.6e-6 apart on one with AVX2 alone, at gradients of 3e-3.
+            torch.testing.assert_close(riding[name], parameter.grad, rtol=1e-3, atol=5e-6)
 
 
 def test_the_value_of_the_loss_does_not_contain_what_rides_on_it():
