@@ -3,14 +3,18 @@
 #   PIP_ARGS=...          more options for pip, such as the index with PyTorch's CPU build
 #   DEMO_ARGS=--short     options of `prefmoe demo`; DEMO_OUT is its folder
 #   PYTEST_ARGS=...       options of pytest, such as `-x -k pooling`
+#   WORKERS=2             processes that share the tests; each needs up to 2 GiB
 PYTHON ?= python3
 PIP_ARGS ?=
 DEMO_ARGS ?=
 DEMO_OUT ?= runs/demo
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin/python -m
+# Tests use tiny models, which one thread computes fastest; a file's tests share fixtures, so they stay together.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses=$(WORKERS) --dist=loadfile
 INSTALL := $(RUN) pip install $(PIP_ARGS) -c constraints.txt
 DOCS := docs/cli.md docs/data.md docs/labels.md docs/policy.md docs/reward.md
 
@@ -29,11 +33,11 @@ demo: $(VENV)/.installed  ## train and compare reward models on a simulated worl
 
 # The second call runs without the type hook: there, our own error messages are what is tested (CONTRIBUTING.md).
 test: $(VENV)/.installed-dev  ## run the whole test suite
-	$(RUN) pytest --ignore=tests/unit/errors --jaxtyping-packages=prefmoe.nn,beartype.beartype $(PYTEST_ARGS)
-	$(RUN) pytest tests/unit/errors
+	$(PYTEST) --ignore=tests/unit/errors --jaxtyping-packages=prefmoe.nn,beartype.beartype $(PYTEST_ARGS)
+	$(PYTEST) tests/unit/errors
 
 coverage: $(VENV)/.installed-dev  ## the suite once more, and which lines it does not reach
-	$(RUN) pytest --cov=prefmoe --cov-report=term-missing:skip-covered --cov-fail-under=95 $(PYTEST_ARGS)
+	$(PYTEST) --cov=prefmoe --cov-report=term-missing:skip-covered --cov-fail-under=95 $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev  ## formatting, lint, types, import directions, generated docs
 	$(RUN) ruff format --check .
