@@ -127,7 +127,7 @@ def test_mix_with_one_expert_at_weight_1_is_peft_lora_gradients_included():
     torch.testing.assert_close(bank.B.grad[0], layer.lora_B["default"].weight.grad)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5], ids=["fewer tokens than the rank", "more"])
+@pytest.mark.parametrize("num_tokens", [1, 2 * RANK], ids=["few tokens", "many"])
 def test_gradients_of_mix_pass_gradcheck(bank, num_tokens):
     bank = bank.double()
     x = torch.randn(num_tokens, IN, dtype=torch.float64, requires_grad=True)
@@ -140,10 +140,18 @@ def test_gradients_of_mix_pass_gradcheck(bank, num_tokens):
 
 
 def test_the_way_for_few_tokens_equals_the_way_for_many(bank):
-    x, weights = torch.randn(RANK, IN), torch.rand(RANK, NUM_EXPERTS)
+    x, weights = torch.randn(2 * RANK, IN), torch.rand(2 * RANK, NUM_EXPERTS)
+    assert not bank.is_few(x)
     many = bank.mix(x, weights)
     few = torch.stack([bank.mix(token, shares) for token, shares in zip(x, weights, strict=True)])
     torch.testing.assert_close(few, many, rtol=1e-6, atol=1e-6)
+
+
+def test_a_few_bfloat16_tokens_are_mixed_in_the_precision_of_the_experts(bank):
+    """Generating then casts a token and not all experts; only what comes out is rounded."""
+    x, weights = torch.randn(1, IN).bfloat16(), torch.rand(1, NUM_EXPERTS)
+    assert bank.shrink(x).dtype == torch.float32
+    assert torch.equal(bank.mix(x, weights), bank.mix(x.float(), weights).bfloat16())
 
 
 def test_shrink_beside_is_shrink_and_a_linear_layer(bank):

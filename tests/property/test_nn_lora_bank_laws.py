@@ -112,7 +112,7 @@ def mixtures(draw, dtype=torch.float64):
         dtype=dtype,
     )
     torch.nn.init.normal_(bank.B)
-    num_tokens = draw(st.integers(1, 6))  # fewer than the rank and more: both ways of `expand`
+    num_tokens = draw(st.integers(1, 9))  # fewer than twice the rank and more: both ways of `expand`
     return (
         bank,
         torch.randn(num_tokens, in_features, dtype=dtype),

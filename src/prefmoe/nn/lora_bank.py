@@ -113,11 +113,19 @@ class LoraBank(nn.Module):
         Source:
             DMoERM and PMoL share the bank; stacking is ours. Slow form: tests/reference/lora_bank.py.
         """
-        return self.expand(self.shrink(x), weights)
+        return self.expand(self.shrink(x), weights).to(x.dtype)
 
     def shrink(self, x: Float[Tensor, "*tokens in"]) -> Float[Tensor, "*tokens low"]:
-        """All experts' A times x, stacked: the first half of `mix`; low is experts x rank."""
-        return F.linear(x, self.A.flatten(0, 1).to(x.dtype))
+        """All experts' A times x, stacked: the first half of `mix`; low is experts x rank.
+
+        In the dtype of `x`; for a few tokens (`is_few`) in the parameters', for casting all experts costs more there.
+        """
+        stacked = self.A.flatten(0, 1)
+        return F.linear(x.to(stacked.dtype), stacked) if self.is_few(x) else F.linear(x, stacked.to(x.dtype))
+
+    def is_few(self, x: Float[Tensor, "*tokens width"]) -> bool:
+        """Whether so few tokens come at once, as when text is generated, that copying the experts would cost most."""
+        return x.numel() < 2 * self.rank * x.shape[-1]
 
     def shrink_beside(
         self, x: Float[Tensor, "*tokens in"], rows: Float[Tensor, "rows in"]
@@ -140,10 +148,11 @@ class LoraBank(nn.Module):
         """
         by_expert = low.reshape(*low.shape[:-1], self.num_experts, self.rank)
         weighted = by_expert * (weights * self.scale).to(low.dtype)[..., None]
-        if low.numel() // low.shape[-1] < self.rank:
-            # A few tokens, as when text is generated: cheaper than copying B into one matrix.
-            return torch.einsum("...er,eor->...o", weighted, self.B.to(low.dtype))
-        return F.linear(weighted.flatten(-2), self.B.to(low.dtype).transpose(0, 1).flatten(1))
+        up = self.B.to(low.dtype)
+        if self.is_few(low):  # each expert by itself in one call: B need not be copied into one matrix
+            added = torch.bmm(weighted.reshape(-1, *weighted.shape[-2:]).transpose(0, 1), up.transpose(1, 2))
+            return added.sum(dim=0).view(*low.shape[:-1], self.out_features)
+        return F.linear(weighted.flatten(-2), up.transpose(0, 1).flatten(1))
 
     @torch.no_grad()
     def reset_expert(self, expert: int) -> None:

@@ -118,16 +118,22 @@ def float32_linear(
         >>> float32_linear(torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(1, 3)).dtype
         torch.float32
     """
+    if not torch.is_grad_enabled():  # text being generated: the function's own costs would show
+        return _float32_product(x, weight)
     out: Tensor = _Float32Linear.apply(x, weight)  # type: ignore[no-untyped-call]
     return out
+
+
+def _float32_product(x: Tensor, weight: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(at_least_float32(x), at_least_float32(weight))
 
 
 class _Float32Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(at_least_float32(x), at_least_float32(weight))
+        return _float32_product(x, weight)
 
     @staticmethod
     @once_differentiable

@@ -147,7 +147,7 @@ class PMoLLinear(nn.Module, BaseTunerLayer):
         # In full precision the router's rows ride in the experts' product; else it needs a float32 one of its own.
         assert isinstance(router, TokenRouter)
         is_exact = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
-        if is_exact and x.numel() // x.shape[-1] >= bank.rank:
+        if is_exact and not bank.is_few(x):
             return bank.shrink_beside(x, router.weight)
         return bank.shrink(x), router(x)
 

@@ -170,11 +170,13 @@ class AdapterRouting:
         batch = self._pass.batch
         # Elsewhere (text being generated, a pass that did not come through PMoLModel) nothing is known of the tokens.
         if batch is not None and batch.mask.shape == logits.shape[:-1]:
+            is_heard = bool(self.listeners) and self._pass.is_open
+            group_loss = None
             if training and torch.is_grad_enabled():
                 weights, group_loss = self._with_losses(logits, weights, batch)
-            else:
+            elif is_heard:
                 group_loss = self._group_loss(logits, weights, batch)
-            if self.listeners and self._pass.is_open:
+            if is_heard:
                 self._record(router, logits, weights, group_loss)
         if config.router_scope != "linear":
             self._decisions[block] = weights
