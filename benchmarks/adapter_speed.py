@@ -3,7 +3,10 @@
     python benchmarks/adapter_speed.py --model smollm2-135m --out benchmarks/results/adapter_speed_cpu.json
 
 One process, one machine, methods in turn: PMoL with 12 experts of rank 8, one LoRA of rank 96 on the same layers (as
-many trainable weights), and the same mixture as a loop over experts, the way LoRAMoE, MixLoRA and MoE-PEFT compute it.
+many trainable weights), and the same mixture as a loop over experts. The loop is that of LoRAMoE (peft/tuners/lora.py)
+and of the "loramoe" adapter of MoE-PEFT (adapters/loramoe/model.py): all experts are computed one after the other, each
+scaled by its weight and added. Its router is ours, so that nothing but the loop differs; theirs has one at every linear
+layer. MixLoRA, in MoE-PEFT too, is sparse (each expert gets its own tokens) and not measured.
 The headline is a ratio to LoRA, the median over repeats of the ratios within a repeat.
 """
 
@@ -33,7 +36,7 @@ EXPERTS = sum(GROUPS.values())
 
 
 class LoopBank(LoraBank):
-    """The bank with the experts one after the other."""
+    """The bank with the experts one after the other, in the dtype of the experts as in MoE-PEFT."""
 
     def shrink(self, x: Tensor) -> Tensor:
         return x
@@ -43,9 +46,10 @@ class LoopBank(LoraBank):
 
     def expand(self, low: Tensor, weights: Tensor) -> Tensor:
         added = torch.zeros((), dtype=low.dtype, device=low.device)
+        x = low.to(self.A.dtype)
         for e in range(self.num_experts):
-            one = F.linear(F.linear(low, self.A[e].to(low.dtype)), self.B[e].to(low.dtype))
-            added = added + one * (weights[..., e : e + 1] * self.scale).to(low.dtype)
+            one = F.linear(F.linear(x, self.A[e]), self.B[e]) * self.scale
+            added = added + (weights[..., e : e + 1] * one).to(low.dtype)
         return added
 
 
