@@ -43,12 +43,26 @@ class PMoLModel(BaseTuner):
             ConfigError: `target_modules` matches no layer; names the nearest ones.
         """
         config = self.peft_config[adapter_name]
+        self._check_new_adapter_config(
+            config
+        )  # PEFT's own, which a refused adapter must not outlive here either
         self.__dict__.setdefault("routings", {})[adapter_name] = AdapterRouting(config)
         wanted = config.target_modules
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
+            del self.routings[adapter_name]
             raise ConfigError(_no_match(model, wanted)) from error
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Where PEFT takes `adapter_names`, and would ignore it without a word."""
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                "PMoL: adapter_names picks an adapter for every row of a batch, which PMoL cannot; call set_adapter, "
+                "or steer every row on its own with set_preference_weights"
+            )
+        yield
 
     def _create_and_replace(  # noqa: PLR0917  PEFT's signature
         self,
