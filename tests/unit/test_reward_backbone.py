@@ -17,8 +17,8 @@ from prefmoe.reward.backbone import (
     cut_layers,
     load_backbone,
     new_backbone,
-    weights_hash,
 )
+from prefmoe.runs.inputs import weights_hash
 from tiny import tiny_backbone, tiny_reward_model
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefmoe.errors import CheckpointError, ConfigError
-from prefmoe.reward.backbone import load_backbone, new_backbone, weights_hash
+from prefmoe.reward.backbone import load_backbone, new_backbone
 from prefmoe.reward.config import DMoERMConfig
+from prefmoe.runs.inputs import weights_hash
 
 _BACKBONE = "backbone."
 _WEIGHTS = "model.safetensors"

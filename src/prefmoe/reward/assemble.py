@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from prefmoe.nn import AggregatorKind, TaskRouter
 from prefmoe.reward.aggregator_choice import Candidates, best_aggregators, fit_candidates
 from prefmoe.reward.aggregators import ExpertFeatures, join_features, standardized
-from prefmoe.reward.backbone import weights_hash
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.experts import Experts, ExpertState
 from prefmoe.reward.features import pooled_states
@@ -19,6 +18,7 @@ from prefmoe.reward.model import DMoERMForSequenceClassification
 from prefmoe.reward.phases import Fold, expert_name
 from prefmoe.reward.texts import PairRow
 from prefmoe.reward.workbench import Workbench
+from prefmoe.runs.inputs import weights_hash
 
 TaskRows = Mapping[str, Sequence[PairRow]]
 

@@ -1,7 +1,6 @@
 """The frozen transformer: loading it, cutting it, running a range of its layers."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -97,21 +96,6 @@ def cut_layers(model: PreTrainedModel, num_layers: int) -> None:
     model.config.num_hidden_layers = num_layers
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:num_layers]
-
-
-def weights_hash(model: nn.Module) -> str:
-    """16 hex digits that identify the weights: names, shapes, and a sample of the values of every tensor.
-
-    A sample (at most 4,096 values a tensor, in float32) tells two checkpoints apart and takes milliseconds; it is
-    the same for the same weights stored in bfloat16 or loaded to any device.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16).float()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def embed(backbone: PreTrainedModel, token_ids: Tensor) -> Tensor:

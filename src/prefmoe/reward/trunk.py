@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefmoe.errors import CheckpointError
-from prefmoe.reward.backbone import embed, run_layers, weights_hash
+from prefmoe.reward.backbone import embed, run_layers
 from prefmoe.reward.texts import TextTable, token_budget_batches
+from prefmoe.runs.inputs import weights_hash
 from prefmoe.runs.progress import Progress, silent
 
 _INDEX, _DATA = "index.tsv", "states.bin"

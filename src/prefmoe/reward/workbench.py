@@ -1,7 +1,5 @@
 """What all phases of a training work on: labelled pairs, their texts, the frozen backbone, the run folder."""
 
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from prefmoe.data.split import prompt_hash
 from prefmoe.errors import ConfigError, DataError
 from prefmoe.hub import resolve_backbone
 from prefmoe.records import PreferencePair
-from prefmoe.reward.backbone import load_backbone, weights_hash
+from prefmoe.reward.backbone import load_backbone
 from prefmoe.reward.experts import Experts
 from prefmoe.reward.settings import BackboneSettings, RewardSettings
 from prefmoe.reward.splits import (
@@ -25,6 +23,7 @@ from prefmoe.reward.splits import (
 )
 from prefmoe.reward.texts import EncodedPairs, TextTable, encode_pairs
 from prefmoe.reward.trunk import Trunk
+from prefmoe.runs.inputs import hash_of, weights_hash
 from prefmoe.runs.precision import resolve_dtype
 from prefmoe.runs.progress import Progress, silent
 from prefmoe.runs.run import Run, process_state
@@ -118,7 +117,7 @@ def build_workbench(
     prompts = encode_prompts(undrawn, settings, renderer, table)
     run.check_inputs(
         {f"the {name} pairs": _hash_of_pairs(rows, table) for name, rows in encoded.items()}
-        | {"the prompts of the router": _hash_of([f"{table.key(text)} {task}" for text, task in prompts])}
+        | {"the prompts of the router": hash_of([f"{table.key(text)} {task}" for text, task in prompts])}
         | {"the backbone": weights_hash(backbone), "the backbone's dtype": str(backbone.dtype)}
     )
     trunk = _prepared_trunk(backbone, table, run, settings, progress=progress)
@@ -199,18 +198,11 @@ def _prepared_trunk(
 
 def _hash_of_pairs(encoded: EncodedPairs, table: TextTable) -> str:
     """Of everything that a training or a test sees of pairs, in their order."""
-    return _hash_of(
+    return hash_of(
         f"{pair.task} {sorted(pair.capabilities.items())} {table.key(row.chosen)} {table.key(row.rejected)} "
         f"{table.texts[row.chosen].prompt_length} {table.texts[row.rejected].prompt_length} {row[2:]}"
         for pair, row in zip(encoded.pairs, encoded.rows, strict=True)
     )
-
-
-def _hash_of(lines: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(f"{line}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def _tokenizer_of_backbone(name: str) -> PreTrainedTokenizerBase:

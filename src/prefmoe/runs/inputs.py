@@ -1,0 +1,30 @@
+"""Short hashes of what a run works on, for `Run.check_inputs`."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def hash_of(lines: Iterable[str]) -> str:
+    """16 hex digits that identify some lines and their order."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """16 hex digits that identify the weights: names, shapes, and a sample of the values of every tensor.
+
+    A sample (at most 4,096 values a tensor, in float32) tells two checkpoints apart and takes milliseconds; it is
+    the same for the same weights stored in bfloat16 or loaded to any device.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16).float()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
