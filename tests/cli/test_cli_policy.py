@@ -1,16 +1,23 @@
 """`prefmoe policy`: train, eval, weights, generate and export on a tiny language model, from files to files."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from cli_helpers import run_cli
 from data_helpers import CHATML, byte_tokenizer, write_rows
 from prefmoe.evaluation.metrics import read_metrics
+from prefmoe.policy.bench import build_bench
 from prefmoe.policy.evaluate import read_report
+from prefmoe.policy.logps import completion_logps
+from prefmoe.policy.settings import load_policy_settings
+from reference import merging as slow
 from tiny import tiny_language_model
 
 pytestmark = [
@@ -19,6 +26,7 @@ pytestmark = [
     ),  # of TRL and transformers
     pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:Could not find a config file"),
 ]
+TRAININGS = {"pmol", "lora", "lora_harmless", "lora_helpful", "sequential_harmless", "sequential_helpful"}
 SIZES = {"train": 12, "validation": 4, "test": 6}
 
 
@@ -52,7 +60,7 @@ def write_config(folder: Path, model: Path, **changes: object) -> Path:
         "adapter": {"rank": 2},
         "training": {"batch_pairs": 8, "learning_rate": 0.01},
         "steering": {"weights": [0.5, 1, 2], "pairs_per_preference": 2},
-        "methods": ["pmol", "lora", "lora_average"],
+        "methods": ["pmol", "lora", "lora_average", "emr", "sequential"],
         "out": str(folder / "run"),
     }
     path = folder / "config.yaml"
@@ -72,20 +80,32 @@ def test_train_prints_the_table_and_the_run_folder(trained):
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{folder / 'run'}\n"
     assert "24 train, 8 validation, 12 test pairs of harmless, helpful" in result.stderr
-    for text in ("harmless", "helpful", "worst preference", "own group first", "Turning 'helpful'"):
+    for text in (
+        "harmless",
+        "helpful",
+        "worst preference",
+        "own group first",
+        "Turning 'helpful'",
+        "seconds a step",
+    ):
         assert text in result.stderr
 
 
 def test_train_writes_numbers_pictures_and_adapters(trained):
     run = trained[0] / "run"
     metrics, report = read_metrics(run / "metrics.json"), read_report(run)
-    assert list(metrics.methods) == ["base", "pmol", "lora", "lora_average"]
+    assert list(metrics.methods) == ["base", "pmol", "lora", "lora_average", "emr", "sequential"]
     assert set(metrics.methods["pmol"].tasks) == {"harmless", "helpful"}
     assert set(report.minimum) == set(metrics.methods)
     assert 0 <= report.group_accuracy["pmol"].accuracy <= 1
     assert [point.weight for point in report.steering["helpful"]] == [0.5, 1, 2]
     # Turned by 1, whichever group, it is the same model.
     assert report.steering["helpful"][1] == report.steering["harmless"][1]
+    assert set(report.costs) == TRAININGS
+    assert report.costs["lora_helpful"].trainable * 2 == report.costs["lora"].trainable
+    for costs in report.costs.values():
+        assert costs.seconds_per_step > 0
+        assert costs.peak_bytes is None or costs.peak_bytes > 4 * costs.trainable
     for name in ("routing_pmol.png", "steering.png", "pmol/adapter_config.json", "lora_average/average"):
         assert (run / name).exists()
 
@@ -95,6 +115,102 @@ def test_the_same_command_again_reads_what_is_there(trained):
     before = {file: file.stat().st_mtime_ns for file in (folder / "run" / "steps").iterdir()}
     assert run_cli("policy", "train", config).exit_code == 0
     assert {file: file.stat().st_mtime_ns for file in (folder / "run" / "steps").iterdir()} == before
+
+
+def test_emr_judges_a_pair_by_the_model_of_its_own_preference(trained):
+    """As merging by hand: LoRAs from the run folder, products, the slow twin, one text at a time."""
+    run = trained[0] / "run"
+    logps = load_file(run / "steps" / "test_emr.safetensors")["logps"]
+    names = ["harmless", "helpful"]
+    bench = build_bench(load_policy_settings(trained[1]))
+    loras = [load_file(run / "emr" / name / "adapter_model.safetensors") for name in names]
+    layers = [name.removesuffix(".lora_A.weight") for name in loras[0] if "lora_A" in name]
+    products = [[lora[f"{n}.lora_B.weight"] @ lora[f"{n}.lora_A.weight"] for n in layers] for lora in loras]
+    alpha = json.loads((run / "emr" / "helpful" / "adapter_config.json").read_text())
+    scale = alpha["lora_alpha"] / alpha["r"]
+    rows = [torch.cat([product.flatten() * scale for product in task]).tolist() for task in products]
+    merged = torch.tensor(slow.elect_mask_rescale(rows))
+    for index, preference in enumerate(names):
+        model = bench.new_model().eval()
+        parts = merged[index].split([product.numel() for product in products[0]])
+        for layer, part in zip(layers, parts, strict=True):
+            weight = model.get_submodule(layer.removeprefix("base_model.model.")).weight
+            weight.data += part.view_as(weight)
+        test = bench.splits["test"]
+        places = [i for i, row in enumerate(test.rows) if row.preference == preference]
+        expected = completion_logps(model, [test.texts()[i] for i in places])
+        torch.testing.assert_close(logps[places], expected, rtol=1e-4, atol=1e-4)
+
+
+def copy_of(trained, folder: Path) -> Path:
+    """The config of the trained run, for a copy of its folder."""
+    shutil.copytree(trained[0] / "run", folder / "run")
+    content = yaml.safe_load(trained[1].read_text(encoding="utf-8"))
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content | {"out": str(folder / "run")}), encoding="utf-8")
+    return path
+
+
+def test_in_sequence_each_preference_begins_where_the_one_before_ended(trained, tmp_path, monkeypatch):
+    from prefmoe.policy.costs import CostCallback
+
+    config, run = copy_of(trained, tmp_path), tmp_path / "run"
+    last = run / "steps" / "sequential_helpful.safetensors"
+    before = load_file(last)
+    last.unlink()
+    shutil.rmtree(run / "checkpoints" / "sequential_helpful")
+    started, on_train_begin = {}, CostCallback.on_train_begin
+
+    def keep(self, args, state, control, model=None, **kwargs):
+        on_train_begin(self, args, state, control, model=model, **kwargs)
+        started[self.name] = {n: t.clone() for n, t in get_peft_model_state_dict(model).items()}
+
+    monkeypatch.setattr(CostCallback, "on_train_begin", keep)
+    assert run_cli("policy", "train", config).exit_code == 0
+    assert list(started) == ["sequential_helpful"]
+    first = load_file(run / "steps" / "sequential_harmless.safetensors")
+    assert first.keys() == started["sequential_helpful"].keys() == before.keys()
+    for name, tensor in first.items():
+        assert torch.equal(started["sequential_helpful"][name], tensor)
+        assert torch.equal(load_file(last)[name], before[name])
+    assert any(not torch.equal(first[name], before[name]) for name in first)
+
+
+def test_a_run_folder_without_a_record_of_its_inputs_is_taken_up_and_gets_one(trained, tmp_path):
+    config, record = copy_of(trained, tmp_path), tmp_path / "run" / "inputs.json"
+    before = json.loads(record.read_text())
+    record.unlink()
+    assert run_cli("policy", "train", config).exit_code == 0
+    assert json.loads(record.read_text()) == before
+    assert set(before) == {
+        "the train pairs",
+        "the validation pairs",
+        "the test pairs",
+        "the model",
+        "the model's dtype",
+    }
+
+
+def test_a_run_does_not_go_on_with_other_pairs(trained, tmp_path):
+    config, file = copy_of(trained, tmp_path), trained[0] / "test.jsonl"
+    rows = file.read_text(encoding="utf-8")
+    try:
+        file.write_text(rows.replace("Sure", "Fine"), encoding="utf-8")
+        result = run_cli("policy", "train", config)
+    finally:
+        file.write_text(rows, encoding="utf-8")
+    assert result.exit_code == 3, result.stderr
+    assert "the test pairs changed since this run began; choose another --out" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["the model", "the model's dtype"])
+def test_a_run_does_not_go_on_with_another_model(trained, tmp_path, name):
+    """As if the folder of the model had got other weights, or `auto` meant another dtype on this machine."""
+    config, record = copy_of(trained, tmp_path), tmp_path / "run" / "inputs.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {name: "other"}))
+    result = run_cli("policy", "train", config)
+    assert result.exit_code == 3, result.stderr
+    assert f"{name} changed since this run began" in result.stderr
 
 
 def test_a_training_that_was_stopped_ends_as_one_that_was_not(
@@ -246,8 +362,6 @@ def test_mistakes_of_a_command_are_sentences(trained, arguments, code, sentence,
 
 
 def test_an_adapter_on_a_base_of_another_size_is_refused(trained, tmp_path):
-    import shutil
-
     other = tmp_path / "other"
     tiny_language_model(hidden=16).save_pretrained(other)
     byte_tokenizer(CHATML).save_pretrained(other)

@@ -183,6 +183,7 @@ def _print_report(report: "PolicyReport", console: Console) -> None:
             f"; own group first in {found.accuracy:.3f} ({found.low:.2f}-{found.high:.2f})" if found else ""
         )
         console.print(f"{method}: worst preference {value:.3f}{routing}", highlight=False)
+    _print_costs(report, console)
     for group, points in report.steering.items():
         table = Table("weight", title=f"Turning {group!r}: mean margin (accuracy)", title_justify="left")
         for name in points[0].margin:
@@ -190,4 +191,15 @@ def _print_report(report: "PolicyReport", console: Console) -> None:
         for point in points:
             cells = [f"{point.margin[n]:+.4f} ({point.accuracy[n]:.3f})" for n in point.margin]
             table.add_row(f"{point.weight:g}", *cells)
+        console.print(table)
+
+
+def _print_costs(report: "PolicyReport", console: Console) -> None:
+    table = Table("training", title="What it cost", title_justify="left")
+    for name in ("trainable weights", "seconds a step", "peak memory, GiB"):
+        table.add_column(name, justify="right")
+    for name, costs in report.costs.items():
+        memory = "" if costs.peak_bytes is None else f"{costs.peak_bytes / 2**30:.2f}"
+        table.add_row(name, f"{costs.trainable:,}", f"{costs.seconds_per_step:.3g}", memory)
+    if report.costs:
         console.print(table)

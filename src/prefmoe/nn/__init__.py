@@ -13,6 +13,7 @@ from prefmoe.nn.aggregation import (
 from prefmoe.nn.dense_bank import DenseBank
 from prefmoe.nn.lora_bank import LoraBank
 from prefmoe.nn.losses import bradley_terry_loss
+from prefmoe.nn.merging import elect_mask_rescale
 from prefmoe.nn.pooling import last_token, mean_tokens, pack_left, pad_left
 from prefmoe.nn.probe import fit_bradley_terry, fit_softmax
 from prefmoe.nn.router_losses import (
@@ -48,6 +49,7 @@ __all__ = [
     "TokenRouter",
     "bradley_terry_loss",
     "build_aggregator",
+    "elect_mask_rescale",
     "empty_mass_penalty",
     "fit_bradley_terry",
     "fit_softmax",

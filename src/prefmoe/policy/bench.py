@@ -14,6 +14,7 @@ from prefmoe.hub import WITHOUT_A_HUB, resolve_backbone
 from prefmoe.policy.logps import completion_logps
 from prefmoe.policy.pairs import TokenPairs, encode, read_splits
 from prefmoe.policy.settings import ModelSettings, PolicySettings
+from prefmoe.runs.inputs import hash_of, weights_hash
 from prefmoe.runs.precision import resolve_dtype
 from prefmoe.runs.progress import Progress, silent
 from prefmoe.runs.run import Run, process_state
@@ -55,6 +56,10 @@ def build_bench(settings: PolicySettings, *, progress: Progress = silent) -> Pol
     encoded = {name: encode(pairs, renderer, allow_equal=name != "train") for name, pairs in splits.items()}
     run = Run(settings)
     model = load_language_model(settings.model)
+    run.check_inputs(
+        {f"the {name} pairs": hash_of(map(str, pairs.rows)) for name, pairs in encoded.items()}
+        | {"the model": weights_hash(model), "the model's dtype": str(model.dtype)}
+    )
 
     def compute() -> dict[str, Tensor]:
         return {

@@ -13,6 +13,8 @@ from prefmoe.evaluation.accuracy import bootstrap_interval, pairwise_accuracy
 from prefmoe.evaluation.files import write_text
 from prefmoe.evaluation.metrics import Metrics, TaskMetrics, build_metrics, write_metrics
 from prefmoe.policy.bench import PolicyBench
+from prefmoe.policy.costs import TrainingCosts, read_costs
+from prefmoe.policy.emr import emr_logps
 from prefmoe.policy.inspect import Inspection, inspect_routing
 from prefmoe.policy.logps import completion_logps
 from prefmoe.policy.methods import is_pmol
@@ -38,11 +40,13 @@ class PolicyReport(BaseModel):
         minimum: Accuracy of every method on its worst preference.
         group_accuracy: For methods with a router, the share of test texts whose own group comes first, with its
             95 % interval.
+        costs: What each training took; of methods that merge, one a preference.
         steering: For each group that was turned, a point a weight, of the method "pmol".
     """
 
     minimum: dict[str, float]
     group_accuracy: dict[str, TaskMetrics] = {}
+    costs: dict[str, TrainingCosts] = {}
     steering: dict[str, list[SteeringPoint]] = {}
 
 
@@ -78,7 +82,9 @@ def evaluate_policies(bench: PolicyBench, folders: Mapping[str, Path]) -> tuple[
     )
     minimum = {m: min(task.accuracy for task in found.tasks.values()) for m, found in metrics.methods.items()}
     steering = _steering(bench, folders["pmol"]) if "pmol" in folders else {}
-    report = PolicyReport(minimum=minimum, group_accuracy=accuracy, steering=steering)
+    report = PolicyReport(
+        minimum=minimum, group_accuracy=accuracy, costs=read_costs(bench.run.folder), steering=steering
+    )
     write_metrics(metrics, bench.run.folder / "metrics.json")
     write_text(bench.run.folder / "policy.json", report.model_dump_json(indent=1))
     return metrics, report
@@ -95,7 +101,10 @@ def _test_scores(bench: PolicyBench, method: str, folder: Path) -> dict[str, Ten
     """Log-probabilities of the test texts, and for PMoL whether their own group came first; a step of the run."""
 
     def compute() -> dict[str, Tensor]:
-        model, pairs = load_policy(bench, folder), bench.splits["test"]
+        pairs = bench.splits["test"]
+        if method == "emr":
+            return {"logps": emr_logps(bench, folder, pairs)}
+        model = load_policy(bench, folder)
         if not is_pmol(method):
             return {"logps": _logps(bench, model, pairs, label=f"testing {method}")}
         found = _inspect(bench, model, pairs, label=f"testing {method}")

@@ -52,9 +52,9 @@ def lora_config(settings: AdapterSettings, training: TrainingSettings, *, rank: 
 def rank_of_lora(method: str, settings: AdapterSettings, preferences: Sequence[str]) -> int:
     """Rank at which a plain LoRA has as many trainable weights as PMoL's experts (routers are below 1 %).
 
-    Of `lora_average`, where each preference has its own LoRA, all together have that many.
+    Of `lora_average` and `emr`, where each preference has its own LoRA, all together have that many.
     """
-    if method == "lora_average":
+    if method in ("lora_average", "emr"):
         return settings.experts_per_group * settings.rank
     return len(preferences) * settings.experts_per_group * settings.rank
 

@@ -11,7 +11,16 @@ from prefmoe.runs.precision import DTYPE_HELP, DtypeName
 from prefmoe.runs.settings import Section, read_settings
 
 Method = Literal[
-    "pmol", "pmol_no_group_loss", "pmol_no_empty", "pmol_lbc", "top1", "top2", "lora", "lora_average"
+    "pmol",
+    "pmol_no_group_loss",
+    "pmol_no_empty",
+    "pmol_lbc",
+    "top1",
+    "top2",
+    "lora",
+    "lora_average",
+    "emr",
+    "sequential",
 ]
 
 

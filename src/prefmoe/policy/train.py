@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
 
 from prefmoe.policy.bench import PolicyBench
+from prefmoe.policy.costs import CostCallback
 from prefmoe.policy.methods import is_pmol, lora_config, pmol_config, rank_of_lora
 from prefmoe.policy.pairs import TokenPairs
 from prefmoe.policy.trainers import connect_preferences
@@ -40,10 +41,13 @@ def load_policy(bench: PolicyBench, folder: Path) -> PeftModel:
 
 def _train_method(bench: PolicyBench, method: str) -> Path:
     folder = bench.run.folder / method
-    if method == "lora_average":
-        return _train_average(bench, folder)
+    if method in ("lora_average", "emr"):
+        return _merge(bench, method, _train_by_preference(bench), folder)
     config = _config(bench, method)
-    state = _trained_state(bench, method, config, bench.splits["train"])
+    if method == "sequential":
+        state = _train_in_sequence(bench, config)
+    else:
+        state = _trained_state(bench, method, config, bench.splits["train"])
     model = get_peft_model(bench.new_model(), config)
     return _save_adapter(bench, model, state, folder)
 
@@ -56,26 +60,46 @@ def _config(bench: PolicyBench, method: str) -> PeftConfig:
     return lora_config(adapter, bench.settings.training, rank=rank)
 
 
-def _train_average(bench: PolicyBench, folder: Path) -> Path:
-    """One LoRA a preference, each on its own pairs, then the mean of what they add, exactly (by concatenation)."""
-    model: PeftModel | None = None
+def _train_in_sequence(bench: PolicyBench, config: PeftConfig) -> dict[str, Tensor]:
+    """One LoRA that learns preference after preference; the reference stays the model without adapter."""
+    state: dict[str, Tensor] | None = None
     for name in bench.preferences:
-        config = _config(bench, "lora_average")
-        rows = [row for row in bench.splits["train"].rows if row.preference == name]
-        state = _trained_state(bench, f"lora_{name}", config, TokenPairs(rows))
+        state = _trained_state(bench, f"sequential_{name}", config, _pairs_of(bench, name), start=state)
+    assert state is not None
+    return state
+
+
+def _train_by_preference(bench: PolicyBench) -> PeftModel:
+    """A model with one LoRA a preference, each trained on its own pairs, named as its preference."""
+    model: PeftModel | None = None
+    config = _config(bench, "lora_average")
+    for name in bench.preferences:
+        state = _trained_state(bench, f"lora_{name}", config, _pairs_of(bench, name))
         if model is None:
             model = get_peft_model(bench.new_model(), config, adapter_name=name)
         else:
             model.add_adapter(name, config)
         set_peft_model_state_dict(model, state, adapter_name=name)
     assert model is not None
-    share = [1 / len(bench.preferences)] * len(bench.preferences)
-    model.add_weighted_adapter(bench.preferences, share, AVERAGE, combination_type="cat")
-    model.set_adapter(AVERAGE)
+    return model
+
+
+def _pairs_of(bench: PolicyBench, preference: str) -> TokenPairs:
+    return TokenPairs([row for row in bench.splits["train"].rows if row.preference == preference])
+
+
+def _merge(bench: PolicyBench, method: str, model: PeftModel, folder: Path) -> Path:
+    """Saves LoRAs of single preferences: their mean, exactly (by concatenation), or all, for `prefmoe.policy.emr`."""
+    adapters = bench.preferences
+    if method == "lora_average":
+        share = [1 / len(adapters)] * len(adapters)
+        model.add_weighted_adapter(adapters, share, AVERAGE, combination_type="cat")
+        model.set_adapter(AVERAGE)
+        adapters = [AVERAGE]
     if bench.run.is_main:
-        model.save_pretrained(folder, selected_adapters=[AVERAGE])
+        model.save_pretrained(folder, selected_adapters=adapters)
         bench.tokenizer.save_pretrained(folder)
-    return folder / AVERAGE
+    return folder / AVERAGE if method == "lora_average" else folder
 
 
 def _save_adapter(bench: PolicyBench, model: PeftModel, state: dict[str, Tensor], folder: Path) -> Path:
@@ -87,12 +111,19 @@ def _save_adapter(bench: PolicyBench, model: PeftModel, state: dict[str, Tensor]
     return folder
 
 
-def _trained_state(bench: PolicyBench, name: str, config: PeftConfig, pairs: TokenPairs) -> dict[str, Tensor]:
-    """Tensors of a trained adapter, as a step of the run."""
+def _trained_state(
+    bench: PolicyBench,
+    name: str,
+    config: PeftConfig,
+    pairs: TokenPairs,
+    *,
+    start: dict[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Tensors of a trained adapter, as a step of the run; `start` are those that it goes on from."""
 
     def compute() -> dict[str, Tensor]:
         torch.manual_seed(bench.settings.seed)
-        return _train(bench, name, config, pairs)
+        return _train(bench, name, config, pairs, start=start)
 
     def save(file: Path, state: dict[str, Tensor]) -> None:
         save_file({key: tensor.contiguous() for key, tensor in state.items()}, file)
@@ -112,7 +143,14 @@ class _TokenizedDPOTrainer(DPOTrainer):
             self._signature_columns = [*self._signature_columns, _LENGTH]
 
 
-def _train(bench: PolicyBench, name: str, config: PeftConfig, pairs: TokenPairs) -> dict[str, Tensor]:
+def _train(
+    bench: PolicyBench,
+    name: str,
+    config: PeftConfig,
+    pairs: TokenPairs,
+    *,
+    start: dict[str, Tensor] | None,
+) -> dict[str, Tensor]:
     folder = bench.run.folder / "checkpoints" / name
     validation = bench.splits["validation"]
     settings = bench.settings.training
@@ -128,9 +166,12 @@ def _train(bench: PolicyBench, name: str, config: PeftConfig, pairs: TokenPairs)
     trainer.precompute_ref_logps = True  # they are columns of the data: computed once for all methods
     if is_pmol(name):
         connect_preferences(trainer)
+    if start is not None:
+        set_peft_model_state_dict(trainer.accelerator.unwrap_model(trainer.model), start)
     steps = max(1, round(settings.epochs * len(pairs.rows) / settings.batch_pairs))
     with bench.progress(f"training {name}", steps) as advance:
         trainer.add_callback(LogCallback(bench.run, name, advance))
+        trainer.add_callback(CostCallback(bench.run, name))
         checkpoint = get_last_checkpoint(str(folder)) if folder.exists() else None
         trainer.train(resume_from_checkpoint=checkpoint)
     return get_peft_model_state_dict(trainer.accelerator.unwrap_model(trainer.model))
