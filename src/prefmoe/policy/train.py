@@ -134,6 +134,8 @@ def _trained_state(
 class _TokenizedDPOTrainer(DPOTrainer):
     """TRL's trainer on pairs that `Renderer` has rendered, which keeps the completion where TRL would cut it."""
 
+    _signature_columns: list[str]  # of transformers' Trainer, which does not say so
+
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
 
