@@ -1,0 +1,1 @@
+"""What several benchmarks share: timing, the machine's name, loads, models, memory."""

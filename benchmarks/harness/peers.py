@@ -1,0 +1,119 @@
+"""The same experts as PEFT adapters and as sequence-classification models, run as a good engineer would run them."""
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from prefmoe.data.render import Encoded
+from prefmoe.nn import last_token
+from prefmoe.reward.model import DMoERMForSequenceClassification
+from prefmoe.reward.texts import token_budget_batches
+
+PADDING = 0  # no text holds it
+
+
+def lora_config(
+    *, rank: int, alpha: float, layers: range, target_modules: Sequence[str], **options: object
+) -> LoraConfig:
+    """LoRA on the same linear layers that carry our experts."""
+    where = "|".join(map(str, layers))
+    pattern = rf"(.*\.)?layers\.({where})\..*\.({'|'.join(target_modules)})"
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, lora_dropout=0.0, **options)
+
+
+def as_peft_model(ours: DMoERMForSequenceClassification, backbone: PreTrainedModel) -> PeftModel:
+    """A copy of the backbone with one adapter for each of our experts, named "0", "1", ..., of the same weights."""
+    sizes = ours.config
+    config = lora_config(
+        rank=sizes.rank,
+        alpha=sizes.alpha,
+        layers=range(sizes.split_layer, len(backbone.layers)),
+        target_modules=sizes.target_modules,
+    )
+    peer = get_peft_model(copy.deepcopy(backbone), config, adapter_name="0")
+    for expert in range(1, ours.experts.num_experts):
+        peer.add_adapter(str(expert), config)
+    with torch.no_grad():
+        for site, bank in ours.experts.sites.items():
+            layer = peer.get_base_model().get_submodule(site.replace("/", "."))
+            for expert in range(ours.experts.num_experts):
+                layer.lora_A[str(expert)].weight.copy_(bank.A[expert])
+                layer.lora_B[str(expert)].weight.copy_(bank.B[expert])
+    return peer.requires_grad_(False).eval()
+
+
+def as_sequence_classifier(
+    ours: DMoERMForSequenceClassification, backbone: PreTrainedModel, expert: int = 0
+) -> PreTrainedModel:
+    """A whole model of its own that gives one expert's rewards: LoRA merged into the weights."""
+    config = copy.deepcopy(backbone.config)
+    config.num_labels, config.pad_token_id = 1, PADDING
+    peer = AutoModelForSequenceClassification.from_config(config, dtype=backbone.dtype)
+    peer.model.load_state_dict(backbone.state_dict())
+    with torch.no_grad():
+        for site, bank in ours.experts.sites.items():
+            linear = peer.model.get_submodule(site.replace("/", "."))
+            linear.weight.add_(bank.delta_weight(expert).to(linear.weight))
+        peer.score.weight.copy_(ours.experts.head_weight[expert])
+    return peer.requires_grad_(False).eval().to(backbone.device)
+
+
+def padded_batches(
+    texts: Sequence[Encoded], max_tokens: int, device: torch.device
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """(texts, ids, mask): similar lengths together, padded on the right, within a budget of tokens."""
+    for members in token_budget_batches([len(text.input_ids) for text in texts], max_tokens):
+        rows = [torch.tensor(texts[i].input_ids) for i in members]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        yield members, ids.to(device), mask.to(device)
+
+
+@torch.inference_mode()
+def rewards_by_set_adapter(
+    peer: PeftModel, heads: Tensor, texts: Sequence[Encoded], max_tokens: int
+) -> Tensor:
+    """One adapter after the other over all texts, switched once each; shape (texts, experts)."""
+    rewards = torch.empty(len(texts), len(heads))
+    for expert, head in enumerate(heads):
+        peer.set_adapter(str(expert))
+        for members, ids, mask in padded_batches(texts, max_tokens, heads.device):
+            states = peer(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            rewards[members, expert] = (last_token(states, mask.sum(1)).float() @ head).cpu()
+    return rewards
+
+
+@torch.inference_mode()
+def rewards_by_mixed_batch(
+    peer: PeftModel, heads: Tensor, texts: Sequence[Encoded], max_tokens: int
+) -> Tensor:
+    """Every text once per adapter in one batch, by PEFT's `adapter_names`; shape (texts, experts)."""
+    num_experts = len(heads)
+    rewards = torch.empty(len(texts), num_experts)
+    for members, ids, mask in padded_batches(texts, max(1, max_tokens // num_experts), heads.device):
+        names = [str(expert) for expert in range(num_experts) for _ in members]
+        output = peer(
+            input_ids=ids.repeat(num_experts, 1),
+            attention_mask=mask.repeat(num_experts, 1),
+            adapter_names=names,
+            use_cache=False,
+        )
+        last = last_token(output.last_hidden_state, mask.sum(1).repeat(num_experts)).float()
+        rewards[members] = torch.einsum("enh,eh->ne", last.unflatten(0, (num_experts, -1)), heads).cpu()
+    return rewards
+
+
+@torch.inference_mode()
+def rewards_by_classifier(peer: PreTrainedModel, texts: Sequence[Encoded], max_tokens: int) -> Tensor:
+    """What one sequence-classification model says; shape (texts,)."""
+    rewards = torch.empty(len(texts))
+    for members, ids, mask in padded_batches(texts, max_tokens, peer.device):
+        rewards[members] = (
+            peer(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float().cpu()
+        )
+    return rewards
