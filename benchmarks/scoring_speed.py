@@ -67,16 +67,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
         "settings": {name: str(value) for name, value in vars(arguments).items()},
         "loads": {},
     }
-    for name, texts in loads(
-        arguments, backbone.config.vocab_size
-    ).items():  # the last one measures memory too
+    for name, texts in loads(arguments, backbone.config.vocab_size).items():
         few = sorted(texts, key=lambda text: len(text.input_ids))[:8]
         agreement = check_equal(works(ours, peers, few, arguments.batch_tokens), backbone.dtype)
         found = measure(arguments, backbone, works(ours, peers, texts, arguments.batch_tokens), texts)
         result["loads"][name] = report(name, arguments, found, texts, len(backbone.layers)) | {
             "largest_difference_of_rewards": agreement
         }
-    result["memory"] = memory(arguments, backbone, peers[1], texts)
+    result["memory"] = memory(arguments, backbone, peers[1])
     show(result["loads"], result["memory"])
     write_result(result, arguments.out)
     return result
@@ -176,8 +174,15 @@ def report(name: str, arguments, found, texts: Sequence[Encoded], layers: int) -
     }
 
 
-def memory(arguments, backbone, classifier, texts: Sequence[Encoded]) -> dict[str, object]:
-    """Bytes of 5 x K experts on one backbone beside those of one plain model, at the same budget of tokens."""
+def memory(arguments, backbone, classifier) -> dict[str, object]:
+    """Bytes of 5 x K experts on one backbone beside those of one plain model, both with full batches."""
+    texts = made_up_texts(
+        1 + arguments.batch_tokens // 512,
+        2,
+        prompt_tokens=192,
+        completion_tokens=64,
+        vocabulary=backbone.config.vocab_size,
+    )
     many = random_reward_model(
         backbone,
         experts=arguments.experts,

@@ -46,20 +46,26 @@ def as_peft_model(ours: DMoERMForSequenceClassification, backbone: PreTrainedMod
     return peer.requires_grad_(False).eval()
 
 
+def new_classifier(backbone: PreTrainedModel) -> PreTrainedModel:
+    """A sequence-classification model on a copy of the backbone, its head at random."""
+    config = copy.deepcopy(backbone.config)
+    config.num_labels, config.pad_token_id = 1, PADDING
+    classifier = AutoModelForSequenceClassification.from_config(config, dtype=backbone.dtype)
+    classifier.model.load_state_dict(backbone.state_dict())
+    return classifier.to(backbone.device)
+
+
 def as_sequence_classifier(
     ours: DMoERMForSequenceClassification, backbone: PreTrainedModel, expert: int = 0
 ) -> PreTrainedModel:
     """A whole model of its own that gives one expert's rewards: LoRA merged into the weights."""
-    config = copy.deepcopy(backbone.config)
-    config.num_labels, config.pad_token_id = 1, PADDING
-    peer = AutoModelForSequenceClassification.from_config(config, dtype=backbone.dtype)
-    peer.model.load_state_dict(backbone.state_dict())
+    peer = new_classifier(backbone)
     with torch.no_grad():
         for site, bank in ours.experts.sites.items():
             linear = peer.model.get_submodule(site.replace("/", "."))
             linear.weight.add_(bank.delta_weight(expert).to(linear.weight))
         peer.score.weight.copy_(ours.experts.head_weight[expert])
-    return peer.requires_grad_(False).eval().to(backbone.device)
+    return peer.requires_grad_(False).eval()
 
 
 def padded_batches(

@@ -1,0 +1,61 @@
+"""The speed benchmarks run, agree with their peers before they time anything, and write what they say they write."""
+
+import json
+
+import cost_growth
+import pytest
+import scoring_speed
+import time_shares
+import torch
+import training_speed
+
+SMALL = ["--smoke", "--num-layers", "2", "--split-layer", "1"]
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning"
+)
+
+
+def test_scoring_speed(tmp_path):
+    out = tmp_path / "new" / "scoring.json"
+    scoring_speed.main([*SMALL, "--pairs", "2", "--experts", "3", "--repeats", "1", "--out", str(out)])
+    loads = json.loads(out.read_text())["loads"]
+    assert set(loads) == {"pairs", "best_of_16"}
+    for load in loads.values():
+        assert set(load["over_ours"]) == set(scoring_speed.PEERS)
+        assert all(0 <= value < 1e-3 for value in load["largest_difference_of_rewards"].values())
+    # 2 prompts of 40 tokens with 2 x 8, one layer of trunk and one layer under 3 experts
+    assert loads["pairs"]["floor_layer_tokens"] == 2 * (40 + 2 * 8) * (1 + 3)
+    assert loads["pairs"]["naive_over_floor"] == pytest.approx(3 * 2 * 4 * 48 / (112 * 4), abs=1e-3)
+
+
+def test_scoring_speed_times_nothing_where_rewards_differ():
+    rewards = {name: lambda: torch.tensor([[0.0, 1.0]]) for name in ("ours", *scoring_speed.PEERS)}
+    rewards["mixed_batch"] = lambda: torch.tensor([[0.0, 1.1]])
+    with pytest.raises(SystemExit, match=r"differ from ours.*mixed_batch"):
+        scoring_speed.check_equal(rewards, torch.float32)
+
+
+def test_cost_growth(tmp_path):
+    picture = tmp_path / "growth.png"
+    options = ["--smoke", "--repeats", "1", "--prompt-tokens", "16", "--picture", str(picture)]
+    curves = cost_growth.main(options)["curves"]
+    assert [point["value"] for point in curves["experts"]] == [1, 2, 4, 8]
+    assert picture.stat().st_size > 10_000
+
+
+def test_training_speed_also_from_a_finished_folder(tmp_path):
+    options = ["--smoke", "--repeats", "1", "--slice", "2", "--folder", str(tmp_path / "run")]
+    first = training_speed.main(options)
+    assert first["runs"] == 3 + 9  # task adapters and capability experts of the world
+    assert set(first["estimated_seconds"]) == {"release", "trl"}
+    again = training_speed.main(options)
+    assert again["ours_seconds_by_step"]["training"] == first["ours_seconds_by_step"]["training"]
+
+
+def test_time_shares_are_shares():
+    shares = time_shares.main([*SMALL, "--prompts", "2"])["shares"]
+    for found in shares.values():
+        assert sum(found.values()) == pytest.approx(1, abs=0.01)
+        assert found["products of the backbone"] > 0
+        assert found["products of the experts"] > 0
