@@ -16,9 +16,14 @@ from harness.models import add_model_options, backbone_of, expert_rewards, rando
 from harness.timing import device_at_hand, machine, write_result
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from prefmoe.data.render import Encoded
+from prefmoe.reward.batches import PairCollator
+from prefmoe.reward.texts import PairRow, TextTable
 from prefmoe.reward.trainer import PairModule
+from prefmoe.reward.trunk import Trunk
 
 # By how the name of an operation begins, the first that fits; what fits none is "other".
 KINDS = {
@@ -56,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     )
     works = {
         "scoring": lambda: expert_rewards(model, texts, arguments.batch_tokens),
-        "training step": training_step(model, len(texts), arguments),
+        "training step": training_step(model, texts, arguments.batch_tokens),
     }
     result: dict[str, object] = {
         "what": "shares of the operations' own time, by kind",
@@ -70,21 +75,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     return result
 
 
-def training_step(model, num_texts: int, arguments) -> Callable[[], None]:
-    """A step on cached trunk states, half of the texts chosen, experts in turn."""
+def training_step(model, texts: Sequence[Encoded], batch_tokens: int) -> Callable[[], None]:
+    """A step on cached trunk states, the first completion of a prompt chosen, experts in turn."""
     model.experts.requires_grad_(True)
     module = PairModule(model.backbone, model.experts)
     optimizer = torch.optim.AdamW(model.experts.parameters(), lr=1e-5)
-    device, hidden = model.backbone.device, model.backbone.config.hidden_size
-    seq, pairs = arguments.prompt_tokens + arguments.completion_tokens, num_texts // 2
+    table = TextTable()
+    numbers = [table.add(text) for text in texts]
+    pairs = [PairRow(*sides) for sides in zip(numbers[0::2], numbers[1::2], strict=True)]
+    items = [(row % model.experts.num_experts, pair) for row, pair in enumerate(pairs)]
+    trunk = Trunk(model.backbone, model.config.split_layer, table, batch_tokens=batch_tokens)
+    batch = PairCollator(trunk)(items)
     inputs = {
-        "trunk": torch.randn(num_texts, seq, hidden, device=device).to(model.backbone.dtype),
-        "lengths": torch.full((num_texts,), seq, device=device),
-        "starts": torch.full((num_texts,), arguments.prompt_tokens, device=device),
-        "expert_ids": torch.arange(pairs, device=device).repeat(2) % model.experts.num_experts,
-        "label": torch.ones(pairs, device=device),
-        "weight": torch.ones(pairs, device=device),
-        "target_margin": torch.zeros(pairs, device=device),
+        name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()
     }
 
     def step() -> None:

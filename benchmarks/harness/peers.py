@@ -9,9 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from prefmoe.data.render import Encoded
-from prefmoe.nn import last_token
 from prefmoe.reward.model import DMoERMForSequenceClassification
-from prefmoe.reward.texts import token_budget_batches
 
 PADDING = 0  # no text holds it
 
@@ -72,12 +70,20 @@ def padded_batches(
     texts: Sequence[Encoded], max_tokens: int, device: torch.device
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """(texts, ids, mask): similar lengths together, padded on the right, within a budget of tokens."""
-    for members in token_budget_batches([len(text.input_ids) for text in texts], max_tokens):
+    lengths = [len(text.input_ids) for text in texts]
+    left = sorted(range(len(texts)), key=lambda i: -lengths[i])
+    while left:
+        size = max(1, max_tokens // lengths[left[0]])
+        members, left = left[:size], left[size:]
         rows = [torch.tensor(texts[i].input_ids) for i in members]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        mask = (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long()
         yield members, ids.to(device), mask.to(device)
+
+
+def last_states(states: Tensor, mask: Tensor) -> Tensor:
+    """State of the last real token of every row, float32."""
+    return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1].float()
 
 
 @torch.inference_mode()
@@ -90,7 +96,7 @@ def rewards_by_set_adapter(
         peer.set_adapter(str(expert))
         for members, ids, mask in padded_batches(texts, max_tokens, heads.device):
             states = peer(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            rewards[members, expert] = (last_token(states, mask.sum(1)).float() @ head).cpu()
+            rewards[members, expert] = (last_states(states, mask) @ head).cpu()
     return rewards
 
 
@@ -103,13 +109,14 @@ def rewards_by_mixed_batch(
     rewards = torch.empty(len(texts), num_experts)
     for members, ids, mask in padded_batches(texts, max(1, max_tokens // num_experts), heads.device):
         names = [str(expert) for expert in range(num_experts) for _ in members]
+        mask = mask.repeat(num_experts, 1)
         output = peer(
             input_ids=ids.repeat(num_experts, 1),
-            attention_mask=mask.repeat(num_experts, 1),
+            attention_mask=mask,
             adapter_names=names,
             use_cache=False,
         )
-        last = last_token(output.last_hidden_state, mask.sum(1).repeat(num_experts)).float()
+        last = last_states(output.last_hidden_state, mask)
         rewards[members] = torch.einsum("enh,eh->ne", last.unflatten(0, (num_experts, -1)), heads).cpu()
     return rewards
 
