@@ -44,6 +44,7 @@ def test_cost_growth(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_training_speed_also_from_a_finished_folder(tmp_path):
     options = ["--smoke", "--repeats", "1", "--slice", "2", "--folder", str(tmp_path / "run")]
     first = training_speed.main(options)
