@@ -10,7 +10,7 @@ from unittest import mock
 from torch import Tensor
 
 from prefmoe.evaluation.metrics import Metrics
-from prefmoe.nn import TaskRouter
+from prefmoe.nn import Packing, TaskRouter
 from prefmoe.reward import aggregator_choice, phases
 from prefmoe.reward.aggregators import ExpertFeatures
 from prefmoe.reward.evaluate import evaluate_models
@@ -28,7 +28,7 @@ class Record:
     """What happened while a run was trained."""
 
     jobs: list[ExpertJob] = field(default_factory=list)
-    trunk_texts: Counter[int] = field(default_factory=Counter)
+    trunk_texts: int = 0
     router_fits: list[Tensor] = field(default_factory=list)
     aggregator_rows: list[Sequence[PairRow]] = field(default_factory=list)
     labels: Counter[str] = field(default_factory=Counter)
@@ -79,9 +79,9 @@ def finished_run(settings: RewardSettings) -> FinishedRun:
         record.router_fits.append(features)
         return fit_router(router, features, *args, **kwargs)
 
-    def recorded_compute(trunk: Trunk, texts: Sequence[int]) -> Tensor:
-        record.trunk_texts.update(texts)
-        return compute(trunk, texts)
+    def recorded_compute(trunk: Trunk, packing: Packing) -> Tensor:
+        record.trunk_texts += len(packing.rows)
+        return compute(trunk, packing)
 
     with (
         mock.patch.object(phases, "train_experts", recorded_experts),

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from prefmoe.reward.backbone import TESTED_FAMILIES
+from prefmoe.reward.packing import pack_texts
 from reference import reward_model as slow
 from tiny import tiny_backbone, tiny_reward_model
 
@@ -109,13 +110,8 @@ def test_an_expert_is_a_peft_adapter_with_the_same_weights():
             layer.lora_A["default"].weight.copy_(state[f"{site}.A"])
             layer.lora_B["default"].weight.copy_(state[f"{site}.B"])
         theirs = adapter(ids, attention_mask=mask).last_hidden_state[:, -1]
-        ours = model.experts.states(
-            model.backbone,
-            model.trunk(ids),
-            mask.sum(1),
-            torch.tensor([5]),
-            expert_ids=torch.tensor([expert]),
-        )
+        packing = pack_texts(ids.tolist(), hidden=32, owners=[expert])
+        ours = model.experts.states(model.backbone, model.trunk(packing), packing, torch.tensor([5]))
     torch.testing.assert_close(ours, theirs)
     assert not torch.allclose(ours, slow.states_of(tiny_backbone(), ids[0].tolist())[-1:])
 

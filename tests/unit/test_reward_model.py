@@ -10,6 +10,7 @@ from prefmoe.errors import CheckpointError, ConfigError, ShapeError
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.experts import Experts, find_sites
 from prefmoe.reward.model import DMoERMForSequenceClassification, find_prompt_lengths
+from prefmoe.reward.packing import pack_texts
 from tiny import TASKS, tiny_backbone, tiny_reward_model
 
 IDS = torch.randint(7, 300, (4, 8), generator=torch.Generator().manual_seed(1))
@@ -246,10 +247,10 @@ def experts_on(backbone, **changes):
 
 
 def states(experts, backbone, expert=1):
-    trunk = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
-    lengths, starts = torch.tensor([6, 4]), torch.tensor([2, 2])
+    trunk = torch.randn(10, 32, generator=torch.Generator().manual_seed(0))
+    packing = pack_texts([list(range(6)), list(range(6, 10))], hidden=32, owners=[expert] * 2)
     with torch.no_grad():
-        return experts.states(backbone, trunk, lengths, starts, expert_ids=torch.tensor([expert] * 2))
+        return experts.states(backbone, trunk, packing, torch.tensor([2, 2]))
 
 
 def test_attach_then_detach_leaves_the_backbone_as_it_was():
@@ -285,7 +286,7 @@ def test_an_error_in_a_layer_switches_the_experts_off_again():
     experts.attach(backbone)
     with pytest.raises(ShapeError, match="there is no expert 7"):
         states(experts, backbone, expert=7)
-    assert experts.selection.expert_ids is None
+    assert experts.selection.spans is None
 
 
 # --- single experts ----------------------------------------------------------------------------------------

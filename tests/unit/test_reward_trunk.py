@@ -29,8 +29,8 @@ def trunk_of(folder=None, *, table=None, **options):
 
 
 def real_states(batch):
-    """States of the real tokens only: behind them, padding may be anything."""
-    return [row[:length] for row, length in zip(batch.trunk, batch.lengths, strict=True)]
+    """States of the tokens of every text."""
+    return [batch.trunk[nodes] for nodes in batch.packing.nodes()]
 
 
 def same(left, right):
@@ -69,9 +69,9 @@ def test_states_are_those_of_the_backbone_after_its_first_layers(prepared):
 
 def test_a_batch_says_where_texts_and_completions_begin_and_end(prepared):
     batch = trunk_of(prepared[0]).batch([3, 1])
-    assert batch.lengths.tolist() == [3, 12]
+    assert batch.packing.lengths.tolist() == [3, 12]
     assert batch.starts.tolist() == [2, 2]
-    assert batch.trunk.shape == (2, 12, 32)
+    assert batch.trunk.shape == (3 + 12, 32)
 
 
 def test_cached_texts_are_not_computed_again(prepared, monkeypatch):
@@ -89,7 +89,8 @@ def test_new_texts_are_added_behind_the_old_ones(prepared):
     more.prepare(range(6))
     assert data.read_bytes()[: len(before)] == before
     assert data.stat().st_size == sum([*LENGTHS, 9, 4]) * 32 * 4
-    torch.testing.assert_close(more.batch(range(6)).trunk[4, :9], trunk_of(table=table).batch([4]).trunk[0])
+    fresh = trunk_of(table=table).batch([4])
+    torch.testing.assert_close(real_states(more.batch(range(6)))[4], real_states(fresh)[0])
 
 
 def test_texts_with_equal_tokens_are_kept_once_even_if_their_prompts_differ(tmp_path):
@@ -101,7 +102,22 @@ def test_texts_with_equal_tokens_are_kept_once_even_if_their_prompts_differ(tmp_
     batch = trunk.batch([0, 4])
     assert (trunk.folder / "states.bin").stat().st_size == sum(LENGTHS) * 32 * 4
     assert batch.starts.tolist() == [2, 4]
-    assert torch.equal(batch.trunk[0], batch.trunk[1])
+    assert torch.equal(*real_states(batch))
+
+
+def test_what_texts_share_is_kept_once(tmp_path):
+    table, generator = TextTable(), torch.Generator().manual_seed(3)
+    prompt, *ends = (tuple(torch.randint(3, 300, (n,), generator=generator).tolist()) for n in (20, 4, 9, 6))
+    texts = [table.add(Encoded(prompt + end, 20, 0)) for end in ends] + [table.add(Encoded(prompt, 20, 0))]
+    trunk = trunk_of(tmp_path, table=table)
+    trunk.prepare(texts)
+    assert (trunk.folder / "states.bin").stat().st_size == (20 + 4 + 9 + 6) * 32 * 4
+    again = trunk_of(tmp_path, table=table)
+    assert same(again.batch(texts), trunk_of(table=table).batch(texts))
+    for text in texts:  # also in a batch that lacks the text that brought the prompt
+        torch.testing.assert_close(
+            real_states(again.batch([text])), real_states(trunk_of(table=table).batch([text]))
+        )
 
 
 def cut(file, size):

@@ -14,6 +14,13 @@ from prefmoe.nn.dense_bank import DenseBank
 from prefmoe.nn.lora_bank import LoraBank
 from prefmoe.nn.losses import bradley_terry_loss
 from prefmoe.nn.merging import elect_mask_rescale
+from prefmoe.nn.packing import (
+    AttentionPlan,
+    Packing,
+    attention_plan,
+    packed_attention,
+    saved_layer_tokens,
+)
 from prefmoe.nn.pooling import last_token, mean_tokens, pack_left, pad_left
 from prefmoe.nn.probe import fit_bradley_terry, fit_softmax
 from prefmoe.nn.router_losses import (
@@ -39,14 +46,17 @@ from prefmoe.nn.token_routing import (
 
 __all__ = [
     "AggregatorKind",
+    "AttentionPlan",
     "DenseBank",
     "ExpertGroups",
     "LoraBank",
+    "Packing",
     "RecurrentRouter",
     "Routing",
     "RoutingMode",
     "TaskRouter",
     "TokenRouter",
+    "attention_plan",
     "bradley_terry_loss",
     "build_aggregator",
     "elect_mask_rescale",
@@ -63,11 +73,13 @@ __all__ = [
     "mean_reward",
     "mean_tokens",
     "pack_left",
+    "packed_attention",
     "pad_left",
     "route",
     "route_tokens",
     "router_features",
     "routing_entropy",
+    "saved_layer_tokens",
     "steering_factors",
     "switch_balance_loss",
     "uncertainty_weighted",

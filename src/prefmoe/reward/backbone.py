@@ -1,24 +1,27 @@
 """The frozen transformer: loading it, cutting it, running a range of its layers."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from prefmoe.errors import ConfigError
 from prefmoe.hub import SMOLLM2, WITHOUT_A_HUB, resolve_backbone
+from prefmoe.nn import AttentionPlan, Packing, attention_plan, packed_attention
 
 # Pre-norm decoders whose layers map one state tensor to the next with rotary positions and full attention.
 # Each is built tiny and compared with its own forward in tests/equivalence/test_reward_backbones.py.
 TESTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 
 _ATTENTION = "sdpa"  # causal without a mask, on every device
+_PACKED = "prefmoe_packed"  # of texts that share their beginnings
 
 
 def check_family(config: object, *, max_length: int) -> None:
@@ -107,35 +110,102 @@ def run_layers(
     backbone: PreTrainedModel,
     states: Tensor,
     layers: Iterable[nn.Module],
+    packing: Packing | None = None,
     *,
     call: Callable[..., Tensor] | None = None,
     gradient_checkpointing: bool = False,
 ) -> Tensor:
     """States after a range of the backbone's layers.
 
-    Rows must be packed: real tokens first, padding behind. Causal attention then never lets a real token see
-    padding, so no mask is needed and the same row gives the same states in any batch.
-
     Args:
         backbone: Owner of the layers, their rotary embedding and their config.
-        states: Input of the first of the layers, shape (rows, seq, hidden).
+        states: Input of the first of the layers: of the nodes of a packing, shape (nodes, hidden); without one,
+            of rows with real tokens first and padding behind (causal attention then needs no mask), shape
+            (rows, seq, hidden).
         layers: Modules to run, in order.
+        packing: Where texts stand in the states.
         call: How a layer is called, `call(layer, states, **kwargs)`; None calls it plainly.
         gradient_checkpointing: Recompute each layer in the backward pass instead of keeping its activations.
+
+    Returns:
+        States of the same shape.
     """
-    positions = torch.arange(states.shape[1], device=states.device).unsqueeze(0)
+    call = call or (lambda layer, rows, **kwargs: layer(rows, **kwargs))
+    if packing is not None:
+        plan = attention_plan(packing, states.device)
+        run = _packed_call(call, backbone.config, plan)
+        positions = packing.positions.to(states.device)
+        shared = _shared_arguments(backbone, states[None], positions[None], mask=None)
+        return _run(states[None], layers, run, shared, keep=not gradient_checkpointing)[0]
+    positions = torch.arange(states.shape[1], device=states.device)
     mask = create_causal_mask(
         config=backbone.config, inputs_embeds=states, attention_mask=None, past_key_values=None
     )
-    shared = {
+    shared = _shared_arguments(backbone, states, positions[None], mask=mask)
+    return _run(states, layers, call, shared, keep=not gradient_checkpointing)
+
+
+def _shared_arguments(
+    backbone: PreTrainedModel, states: Tensor, positions: Tensor, *, mask: Tensor | None
+) -> dict[str, Any]:
+    """What every layer is given beside its states."""
+    return {
         "attention_mask": mask,
         "position_ids": positions,
         "position_embeddings": backbone.rotary_emb(states, position_ids=positions),
     }
-    call = call or (lambda layer, rows, **kwargs: layer(rows, **kwargs))
+
+
+def _run(
+    states: Tensor,
+    layers: Iterable[nn.Module],
+    call: Callable[..., Tensor],
+    shared: dict[str, Any],
+    *,
+    keep: bool,
+) -> Tensor:
     for layer in layers:
-        if gradient_checkpointing and torch.is_grad_enabled():
-            states = checkpoint(call, layer, states, use_reentrant=False, **shared)
-        else:
+        if keep or not torch.is_grad_enabled():
             states = call(layer, states, **shared)
+        else:
+            states = checkpoint(call, layer, states, use_reentrant=False, **shared)
     return states
+
+
+def _packed_call(
+    call: Callable[..., Tensor], config: PreTrainedConfig, plan: AttentionPlan
+) -> Callable[..., Tensor]:
+    """`call` with attention by a plan: set for every layer, as gradient checkpointing calls layers again."""
+
+    def packed(layer: nn.Module, rows: Tensor, **kwargs: Any) -> Tensor:
+        with _use_attention(config, _PACKED):
+            return call(layer, rows, plan=plan, **kwargs)
+
+    return packed
+
+
+@contextmanager
+def _use_attention(config: PreTrainedConfig, name: str) -> Iterator[None]:
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _attend_packed(
+    _: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    plan: AttentionPlan,
+    **__: Any,
+) -> tuple[Tensor, None]:
+    """`packed_attention` as transformers calls attention."""
+    return packed_attention(query, key, value, plan, scale=scaling), None
+
+
+AttentionInterface.register(_PACKED, _attend_packed)

@@ -4,10 +4,11 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from prefmoe.reward.features import expert_batch
 from prefmoe.reward.jobs import TrainingSettings
 from prefmoe.reward.texts import PairRow
 from prefmoe.reward.trunk import Trunk
@@ -21,16 +22,19 @@ class PairCollator:
 
     trunk: Trunk
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
         """One batch."""
         pairs = [pair for _, pair in items]
-        trunk, lengths, starts = self.trunk.batch([p.chosen for p in pairs] + [p.rejected for p in pairs])
+        chosen, rejected = (
+            [(getattr(pair, side), expert) for expert, pair in items] for side in ("chosen", "rejected")
+        )
+        inputs = expert_batch(self.trunk, chosen + rejected)
         columns = {
             name: torch.tensor([getattr(p, name) for p in pairs])
             for name in ("label", "weight", "target_margin")
         }
         expert_ids = torch.tensor([expert for expert, _ in items] * 2)
-        return {"trunk": trunk, "lengths": lengths, "starts": starts, "expert_ids": expert_ids, **columns}
+        return {**inputs._asdict(), "expert_ids": expert_ids, **columns}
 
 
 def training_order(items: Sequence[Item], trunk: Trunk, settings: TrainingSettings, seed: int) -> list[Item]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefmoe.errors import CheckpointError, ConfigError
-from prefmoe.nn import DenseBank, LoraBank, last_token, mean_tokens
+from prefmoe.nn import DenseBank, LoraBank, Packing, mean_tokens
 from prefmoe.reward.backbone import run_layers
 from prefmoe.suggest import nearest
 
@@ -17,23 +18,26 @@ from prefmoe.suggest import nearest
 ExpertState = dict[str, Tensor]
 
 
+Spans = Sequence[tuple[int, int]]  # an expert and on how many tokens it works, in the order of the tokens
+
+
 class Selection:
-    """Which expert works on which row right now; None switches all experts off.
+    """Which expert works on which tokens right now; None switches all experts off.
 
     A layer of transformers has no argument for it, so it is set around every layer call (also when gradient
     checkpointing calls the layer again) by `Experts.run`, and read by the hooks.
     """
 
-    expert_ids: Tensor | None = None
+    spans: Spans | None = None
 
     @contextmanager
-    def use(self, expert_ids: Tensor | None) -> Iterator[None]:
-        """Selects experts for the rows of the calls inside the `with` block."""
-        before, self.expert_ids = self.expert_ids, expert_ids
+    def use(self, spans: Spans) -> Iterator[None]:
+        """Selects experts for the tokens of the calls inside the `with` block."""
+        before, self.spans = self.spans, spans
         try:
             yield
         finally:
-            self.expert_ids = before
+            self.spans = before
 
 
 class ExpertHook:
@@ -47,15 +51,28 @@ class ExpertHook:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Forward hook of `module`."""
-        expert_ids = self.experts.selection.expert_ids
-        if expert_ids is None:
+        spans = self.experts.selection.spans
+        if spans is None:
             return output
-        output = output + self.experts.sites[self.site].select(inputs[0], expert_ids)
-        if self.site in self.experts.dense:
-            output = output + self.experts.dense[self.site].select(
-                inputs[0], self.experts.dense_ids[expert_ids]
-            )
-        return output
+        added = []
+        # Experts with equally many tokens are rows of one product: all of them, where a model scores.
+        for expert_ids, rows in _rows_of_experts(inputs[0][0], spans):
+            what = self.experts.sites[self.site].select(rows, expert_ids)
+            if self.site in self.experts.dense:
+                dense_ids = self.experts.dense_ids[expert_ids]
+                what = what + self.experts.dense[self.site].select(rows, dense_ids)
+            added.append(what.flatten(0, 1))
+        return output + torch.cat(added)
+
+
+def _rows_of_experts(tokens: Tensor, spans: Spans) -> Iterator[tuple[Tensor, Tensor]]:
+    """Experts and their tokens, shape (experts, seq, width), for neighbors with the same number of tokens."""
+    first = 0
+    for number, alike in groupby(spans, key=lambda span: span[1]):
+        expert_ids = torch.tensor([expert for expert, _ in alike], device=tokens.device)
+        end = first + number * len(expert_ids)
+        yield expert_ids, tokens[first:end].unflatten(0, (len(expert_ids), number))
+        first = end
 
 
 class Experts(nn.Module):
@@ -119,38 +136,39 @@ class Experts(nn.Module):
         self,
         backbone: PreTrainedModel,
         trunk: Tensor,
-        lengths: Tensor,
+        packing: Packing,
         starts: Tensor,
-        *,
-        expert_ids: Tensor | None,
     ) -> Tensor:
-        """Pooled state of every row under its expert.
+        """Pooled state of every text under its expert.
 
         Args:
             backbone: The one that the banks are attached to.
-            trunk: Output of the trunk, real tokens first, shape (rows, seq, hidden).
-            lengths: Real tokens of every row, shape (rows,).
-            starts: First token of the completion of every row, shape (rows,).
-            expert_ids: Expert of every row, shape (rows,); None for the backbone alone.
+            trunk: Output of the trunk, shape (nodes, hidden).
+            packing: Where the texts stand in it; the owners are experts.
+            starts: First token of the completion of every text, shape (texts,).
 
         Returns:
-            float32, shape (rows, hidden).
+            float32, shape (texts, hidden).
         """
 
         def call(layer: nn.Module, rows: Tensor, **kwargs: object) -> Tensor:
-            with self.selection.use(expert_ids):
+            with self.selection.use(packing.spans):
                 return layer(rows, **kwargs)
 
         states = run_layers(
             backbone,
             trunk,
             backbone.layers[self.split_layer :],
+            packing,
             call=call,
             gradient_checkpointing=self.gradient_checkpointing and self.training,
         )
         if self.pooling == "last":  # the norm works token by token, so it may come after pooling
-            return backbone.norm(last_token(states, lengths)).float()
-        return mean_tokens(backbone.norm(states), starts, lengths)
+            return backbone.norm(packing.last(states)).float()
+        lengths = packing.lengths.to(starts.device)
+        starts = starts.minimum(lengths - 1)  # a completion that was cut away: the last token stands for it
+        completions = packing.unpack(backbone.norm(states), starts)
+        return mean_tokens(completions, torch.zeros_like(starts), lengths - starts)
 
     def scores(self, states: Tensor, expert_ids: Tensor) -> Tensor:
         """Score of every row by the head of its expert, float32, shape (rows,)."""

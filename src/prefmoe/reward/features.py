@@ -8,11 +8,26 @@ from transformers import PreTrainedModel
 
 from prefmoe.reward.convex import fit_by_cross_validation
 from prefmoe.reward.experts import Experts
-from prefmoe.reward.texts import PairRow, token_budget_batches
-from prefmoe.reward.trunk import Trunk
+from prefmoe.reward.packing import pack_texts, packed_batches
+from prefmoe.reward.texts import PairRow
+from prefmoe.reward.trunk import Batch, Trunk
 from prefmoe.runs.progress import Progress, silent
 
 Row = tuple[int, int]  # text, expert
+
+
+def expert_batch(trunk: Trunk, rows: Sequence[Row]) -> Batch:
+    """What the upper layers start from: texts under experts, sharing what begins alike under the same expert."""
+    texts = list(dict.fromkeys(text for text, _ in rows))
+    below = trunk.batch(texts)
+    place = {text: i for i, text in enumerate(texts)}
+    nodes = below.packing.nodes()
+    packing = pack_texts(
+        [nodes[place[text]] for text, _ in rows], hidden=trunk.hidden, owners=[expert for _, expert in rows]
+    )
+    device = below.trunk.device
+    starts = below.starts[[place[text] for text, _ in rows]]
+    return Batch(below.trunk[packing.tokens.to(device)], packing, starts)
 
 
 @torch.no_grad()
@@ -39,17 +54,16 @@ def pooled_states(
         float32 on the CPU, shape (rows, hidden), in the order of `rows`.
     """
     distinct = list(dict.fromkeys(rows))
-    lengths = [trunk.table.length(text) for text, _ in distinct]
+    texts = [trunk.table.texts[text] for text, _ in distinct]
+    owners = [expert for _, expert in distinct]
     states = torch.empty(len(distinct), backbone.config.hidden_size)
     was_training = experts.training
     experts.eval()
-    with progress(label, sum(lengths)) as advance:
-        for batch in token_budget_batches(lengths, trunk.batch_tokens):
-            texts, ids = zip(*(distinct[i] for i in batch), strict=True)
-            inputs = trunk.batch(texts)
-            expert_ids = torch.tensor(ids, device=inputs.trunk.device)
-            states[batch] = experts.states(backbone, *inputs, expert_ids=expert_ids).cpu()
-            advance(sum(lengths[i] for i in batch))
+    with progress(label, sum(len(text.input_ids) for text in texts)) as advance:
+        for batch in packed_batches(texts, trunk.batch_tokens, hidden=trunk.hidden, owners=owners):
+            inputs = expert_batch(trunk, [distinct[i] for i in batch])
+            states[batch] = experts.states(backbone, *inputs).cpu()
+            advance(sum(len(texts[i].input_ids) for i in batch))
     experts.train(was_training)
     place = {row: i for i, row in enumerate(distinct)}
     return states[[place[row] for row in rows]]

@@ -9,11 +9,20 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from prefmoe.errors import ConfigError
-from prefmoe.nn import RoutingMode, TaskRouter, build_aggregator, pack_left, route, router_features
+from prefmoe.nn import (
+    Packing,
+    RoutingMode,
+    TaskRouter,
+    build_aggregator,
+    pack_left,
+    route,
+    router_features,
+)
 from prefmoe.reward.artefact import ArtefactMixin
 from prefmoe.reward.backbone import check_family, embed, new_backbone, run_layers
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.experts import Experts
+from prefmoe.reward.packing import memory_in_tokens, pack_texts
 
 
 @dataclass
@@ -46,8 +55,8 @@ class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
     """Double-layer mixture-of-experts reward model (Quan 2024, arXiv:2403.01197).
 
     Scoring runs the trunk (layers below `split_layer`) once per text, reads the task from the states of the prompt,
-    and runs the upper layers once on one row per text and expert of its task. Only real tokens count: rows are packed
-    to the left first, so a text has the same reward with any padding.
+    and runs the upper layers once per text and expert of its task. What texts of a batch share from their first token
+    on, such as a prompt, is run once for all of them. Padding is left out, so a text has the same reward with any.
     """
 
     config_class = DMoERMConfig
@@ -136,11 +145,13 @@ class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         input_ids, lengths = pack_left(input_ids, mask.bool())
+        rows = zip(input_ids.tolist(), lengths.tolist(), strict=True)
+        packing = pack_texts([row[:length] for row, length in rows], hidden=self.backbone.config.hidden_size)
         if prompt_lengths is None:
             self._check_that_prompts_can_be_found()
             prompt_lengths = find_prompt_lengths(input_ids, lengths, self.config.response_marker)
         return self.from_trunk(
-            self.trunk(input_ids), lengths, prompt_lengths, task_ids=task_ids, routing=routing
+            self.trunk(packing), packing, prompt_lengths, task_ids=task_ids, routing=routing
         )
 
     def _check_that_prompts_can_be_found(self) -> None:
@@ -152,27 +163,50 @@ class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
                 "token ids; pass prompt_lengths, or score texts with RewardModel"
             )
 
-    def trunk(self, input_ids: Tensor) -> Tensor:
-        """States (batch, seq, hidden) after the shared lower layers, for rows packed to the left."""
+    def trunk(self, packing: Packing) -> Tensor:
+        """States (nodes, hidden) after the shared lower layers."""
         layers = self.backbone.layers[: self.config.split_layer]
         with torch.no_grad():
-            return run_layers(self.backbone, embed(self.backbone, input_ids), layers)
+            states = embed(self.backbone, packing.tokens.to(self.backbone.device))
+            return run_layers(self.backbone, states, layers, packing)
 
     def from_trunk(
         self,
         trunk: Tensor,
-        lengths: Tensor,
+        packing: Packing,
         prompt_lengths: Tensor,
         *,
         task_ids: Tensor | None = None,
         routing: RoutingMode = "top1",
+        max_tokens: int | None = None,
     ) -> RewardOutput:
-        """Rewards from trunk states; arguments as in `forward`."""
-        logits = self.router(router_features(trunk, prompt_lengths))
+        """Rewards from trunk states.
+
+        Args:
+            trunk: States (nodes, hidden).
+            packing: Where the texts stand in them.
+            prompt_lengths: As in `forward`.
+            task_ids: As in `forward`.
+            routing: As in `forward`.
+            max_tokens: Tokens that the upper layers run at once, of as many experts as that allows (one at least);
+                None runs all experts of a task at once.
+        """
+        logits = self.router(router_features(packing.unpack(trunk), prompt_lengths))
         routed = route(logits, mode=routing, given=task_ids)
         every = list(range(len(self.config.tasks)))
         asked = [every if routing == "soft" else [task] for task in routed.task_ids.tolist()]
-        rewards, capabilities = self._expert_rewards(trunk, lengths, prompt_lengths, asked)
+        rewards = trunk.new_zeros(len(asked), len(every), dtype=torch.float32)
+        scores = rewards.new_full((len(asked), len(self.config.experts)), torch.nan)
+        for task_id, task in enumerate(self.config.tasks):
+            texts = [text for text, wanted in enumerate(asked) if task_id in wanted]
+            if texts:
+                states = self._task_states(
+                    trunk, packing, prompt_lengths, task=task, texts=texts, max_tokens=max_tokens
+                )
+                said = self.task_rewards(task_id, states)
+                rewards[texts, task_id] = said.rewards
+                scores[torch.tensor(texts)[:, None], torch.tensor(self.config.experts_of(task))] = said.scores
+        capabilities = scores[:, [row for row, (_, name) in enumerate(self.config.experts) if name]]
         return RewardOutput(
             logits=(rewards * routed.weights).sum(-1, keepdim=True),
             task_probs=routed.probs,
@@ -180,36 +214,31 @@ class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
             capability_scores=capabilities,
         )
 
-    def _expert_rewards(
-        self, trunk: Tensor, lengths: Tensor, starts: Tensor, asked: list[list[int]]
-    ) -> tuple[Tensor, Tensor]:
-        """Rewards (batch, tasks), 0 where not asked, and capability scores (batch, capabilities), NaN where not."""
-        tasks = self.config.task_names
-        rows = [  # sorted by expert, so that the banks see equal experts side by side
-            (expert, text)
-            for task_id, task in enumerate(tasks)
-            for expert in self.config.experts_of(task)
-            for text, wanted in enumerate(asked)
-            if task_id in wanted
-        ]
-        experts, texts = torch.tensor(rows, device=trunk.device).T
-        states = self.experts.states(
-            self.backbone, trunk[texts], lengths[texts], starts[texts], expert_ids=experts
-        )
-        rewards = trunk.new_zeros(len(asked), len(tasks), dtype=torch.float32)
-        scores = rewards.new_full((len(asked), len(self.config.experts)), torch.nan)
-        for task_id, task in enumerate(tasks):
-            members = [text for text, wanted in enumerate(asked) if task_id in wanted]
-            if not members:
-                continue
-            ids = self.config.experts_of(task)
-            mine = (experts >= ids[0]) & (experts <= ids[-1])
-            by_expert = states[mine].unflatten(0, (len(ids), len(members))).transpose(0, 1)
-            said = self.task_rewards(task_id, by_expert)
-            rewards[members, task_id] = said.rewards
-            scores[torch.tensor(members)[:, None], torch.tensor(ids)] = said.scores
-        capability_columns = [row for row, (_, name) in enumerate(self.config.experts) if name]
-        return rewards, scores[:, capability_columns]
+    def _task_states(
+        self,
+        trunk: Tensor,
+        packing: Packing,
+        starts: Tensor,
+        *,
+        task: str,
+        texts: list[int],
+        max_tokens: int | None,
+    ) -> Tensor:
+        """Pooled states (texts, experts of the task, hidden) of some texts of the packing."""
+        nodes = packing.nodes()
+        part = pack_texts([nodes[text] for text in texts], hidden=trunk.shape[1])
+        mine = trunk[part.tokens.to(trunk.device)]
+        experts = self.config.experts_of(task)
+        size = memory_in_tokens(len(mine), int(part.lengths.sum()))
+        at_once = len(experts) if max_tokens is None else max(1, max_tokens // size)
+        states = []
+        for first in range(0, len(experts), at_once):
+            ids = experts[first : first + at_once]
+            found = self.experts.states(
+                self.backbone, mine.repeat(len(ids), 1), part.copies(ids), starts[texts].repeat(len(ids))
+            )
+            states.append(found.unflatten(0, (len(ids), len(texts))))
+        return torch.cat(states).transpose(0, 1)
 
     def task_rewards(self, task_id: int, states: Tensor) -> TaskRewards:
         """Aggregates the pooled states (texts, experts of the task, hidden) of one task's experts."""

@@ -42,6 +42,6 @@ def prompt_features(bench: Workbench, texts: Sequence[int], batch_size: int = 64
     """`router_features` of texts of the bench's table, on the CPU."""
     parts = []
     for i in range(0, len(texts), batch_size):
-        trunk, _, starts = bench.trunk.batch(texts[i : i + batch_size])
-        parts.append(router_features(trunk, starts).cpu())
+        trunk, packing, starts = bench.trunk.batch(texts[i : i + batch_size])
+        parts.append(router_features(packing.unpack(trunk), starts).cpu())
     return torch.cat(parts)

@@ -12,7 +12,8 @@ from prefmoe.errors import CheckpointError, DataError, join_problems
 from prefmoe.nn import RoutingMode
 from prefmoe.records import Completion, RewardReport
 from prefmoe.reward.model import DMoERMForSequenceClassification
-from prefmoe.reward.texts import TextTable, token_budget_batches
+from prefmoe.reward.packing import packed_batches
+from prefmoe.reward.texts import TextTable
 from prefmoe.reward.trunk import Trunk
 from prefmoe.reward.workbench import tokenizer_of
 from prefmoe.runs.progress import Progress, silent
@@ -49,7 +50,7 @@ def score_texts(
         label: For the progress bar.
         progress: Shows how far it is.
     """
-    lengths = [trunk.table.length(text) for text in texts]
+    encoded = [trunk.table.texts[text] for text in texts]
     config = model.config
     scores = Scores(
         torch.empty(len(texts)),
@@ -57,18 +58,16 @@ def score_texts(
         torch.empty(len(texts), len(config.tasks)),
         torch.empty(len(texts), len(model.capability_names)),
     )
-    widest = max(len(config.experts_of(task)) for task in config.tasks)
-    with progress(label, sum(lengths)) as advance:
-        # The budget counts rows of the upper layers, of which every text has one per expert.
-        for batch in token_budget_batches(lengths, max(1, trunk.batch_tokens // widest)):
+    with progress(label, sum(len(text.input_ids) for text in encoded)) as advance:
+        for batch in packed_batches(encoded, trunk.batch_tokens, hidden=trunk.hidden):
             inputs = trunk.batch([texts[i] for i in batch])
-            given = None if task_ids is None else inputs.lengths.new_tensor([task_ids[i] for i in batch])
-            output = model.from_trunk(*inputs, task_ids=given, routing=routing)
+            given = None if task_ids is None else inputs.starts.new_tensor([task_ids[i] for i in batch])
+            output = model.from_trunk(*inputs, task_ids=given, routing=routing, max_tokens=trunk.batch_tokens)
             scores.rewards[batch] = output.logits[:, 0].cpu()
             scores.task_ids[batch] = output.task_ids.cpu()
             scores.task_probs[batch] = output.task_probs.cpu()
             scores.capabilities[batch] = output.capability_scores.cpu()
-            advance(sum(lengths[i] for i in batch))
+            advance(sum(len(encoded[i].input_ids) for i in batch))
     return scores
 
 
@@ -100,7 +99,7 @@ class RewardModel:
     Args:
         model: The network.
         renderer: The rendering that it was trained with.
-        batch_tokens: Tokens of one forward pass, padding included.
+        batch_tokens: Tokens of one forward pass; what texts share counts once.
 
     Example:
         reward_model = RewardModel.load("runs/reward/dmoerm")

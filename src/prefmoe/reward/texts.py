@@ -1,7 +1,7 @@
-"""Tokenized texts of a run, and batches of them without padding waste."""
+"""Tokenized texts of a run."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -103,20 +103,3 @@ def encode_pairs(
     if problems:
         raise DataError(join_problems(problems))
     return EncodedPairs(kept, rows, num_truncated, num_equal)
-
-
-def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, each of at most `max_tokens` tokens with padding (or one row).
-
-    The longest rows come first, so that a batch that does not fit into memory fails at once.
-    """
-    batch: list[int] = []
-    longest = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = longest or lengths[index]
-        if batch and longest * (len(batch) + 1) > max_tokens:
-            yield batch
-            batch, longest = [], lengths[index]
-        batch.append(index)
-    if batch:
-        yield batch

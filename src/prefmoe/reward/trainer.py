@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerControl
 
-from prefmoe.nn import bradley_terry_loss
+from prefmoe.nn import Packing, bradley_terry_loss
 from prefmoe.reward.checkpoints import ExpertCheckpoint
 from prefmoe.reward.experts import Experts
 from prefmoe.reward.features import pooled_states
@@ -29,15 +29,15 @@ class PairModule(nn.Module):
         self,
         *,
         trunk: Tensor,
-        lengths: Tensor,
+        packing: Packing,
         starts: Tensor,
         expert_ids: Tensor,
         label: Tensor,
         weight: Tensor,
         target_margin: Tensor,
     ) -> dict[str, Tensor]:
-        """Summed Bradley-Terry loss of pairs: the first half of the rows are chosen texts, the others rejected."""
-        states = self.experts.states(self.backbone, trunk, lengths, starts, expert_ids=expert_ids)
+        """Summed Bradley-Terry loss of pairs: the first half of the texts are the chosen ones, the others rejected."""
+        states = self.experts.states(self.backbone, trunk, packing, starts)
         chosen, rejected = self.experts.scores(states, expert_ids).chunk(2)
         # A sum: the Trainer divides by the weight of the whole optimizer step, of which this may be a part.
         loss = bradley_terry_loss(

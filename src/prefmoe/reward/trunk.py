@@ -1,7 +1,7 @@
 """The shared lower layers: run once per text, kept on disk for everything that is trained above them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,30 +11,33 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefmoe.errors import CheckpointError
+from prefmoe.nn import Packing
 from prefmoe.reward.backbone import embed, run_layers
-from prefmoe.reward.texts import TextTable, token_budget_batches
+from prefmoe.reward.packing import pack_texts, packed_batches
+from prefmoe.reward.texts import TextTable
 from prefmoe.runs.inputs import weights_hash
-from prefmoe.runs.progress import Progress, silent
+from prefmoe.runs.progress import Advance, Progress, silent
 
 _INDEX, _DATA = "index.tsv", "states.bin"
-_LINE = re.compile(rb"([0-9a-f]+)\t(\d+)\t(\d+)\n")  # text key, first token, number of tokens
+# Text key, then where its states are: first token, number of tokens.
+_LINE = re.compile(rb"([0-9a-f]+)((?:\t\d+\+\d+)+)\n")
 
 
 class Batch(NamedTuple):
-    """Trunk output of some texts, padded on the right."""
+    """Trunk output of some texts, in one row without padding."""
 
-    trunk: Tensor  # (rows, seq, hidden)
-    lengths: Tensor  # (rows,) real tokens
-    starts: Tensor  # (rows,) first token of the completion
+    trunk: Tensor  # (nodes, hidden)
+    packing: Packing  # which node is which token of which text
+    starts: Tensor  # (texts,) first token of the completion
 
 
 class Trunk:
     """Layers [0, split_layer) of a backbone over the texts of a table.
 
-    With a folder, states are kept in one append-only file in the backbone's own dtype (so keeping them rounds nothing:
-    they are bitwise those of the same batch computed afresh) beside an index of text hashes; an interrupted write
-    costs at most its last batch. Without one, or where the file would pass `max_gib`, states are computed when asked
-    for.
+    Texts that begin alike share the states of their beginning. With a folder, states are kept in one append-only file
+    in the backbone's own dtype (so keeping them rounds nothing: they are bitwise those of the same batch computed
+    afresh) beside an index of text hashes; an interrupted write costs at most its last batch. Without one, or where
+    the file would pass `max_gib`, states are computed when asked for.
 
     Args:
         backbone: Frozen backbone.
@@ -42,7 +45,7 @@ class Trunk:
         table: Texts, by number.
         folder: Parent of the cache folder, whose name comes from the backbone's weights and `split_layer`.
         max_gib: Largest size of the cache file, GiB.
-        batch_tokens: Tokens of one forward pass, padding included.
+        batch_tokens: Tokens of one forward pass; what texts share counts once.
     """
 
     def __init__(
@@ -59,7 +62,8 @@ class Trunk:
         self.batch_tokens, self.max_bytes = batch_tokens, max_gib * 2**30
         self.hidden = backbone.config.hidden_size
         self.folder: Path | None = None
-        self._where: dict[str, tuple[int, int]] = {}  # text key -> first token, number of tokens
+        self._where: dict[str, list[range]] = {}  # text key -> its tokens in the file
+        self._kept = 0  # tokens of the file that can be used
         self._index_bytes = 0  # of the index lines that can be used
         self._data = np.empty(0, dtype=np.uint8)
         if folder is not None:
@@ -79,30 +83,45 @@ class Trunk:
         """
         if self.folder is None or not all((self.folder / name).exists() for name in (_INDEX, _DATA)):
             return
-        self._where, self._index_bytes = {}, 0
+        self._where, self._index_bytes, self._kept = {}, 0, 0
         num_tokens = (self.folder / _DATA).stat().st_size // self._token_bytes
         for line in (self.folder / _INDEX).read_bytes().splitlines(keepends=True):
             found = _LINE.fullmatch(line)
-            if found is None or int(found[2]) + int(found[3]) > num_tokens:
+            if found is None:
                 break
-            self._where[found[1].decode()] = (int(found[2]), int(found[3]))
+            pieces = [_piece(text) for text in found[2].decode().split()]
+            end = max(piece.stop for piece in pieces)
+            if end > num_tokens:
+                break
+            self._where[found[1].decode()] = pieces
+            self._kept = max(self._kept, end)
             self._index_bytes += len(line)
         if self._where:
             # Copy on write: torch wants writable memory, and nothing ever writes to it.
-            self._data = np.memmap(self.folder / _DATA, dtype=np.uint8, mode="c")
+            self._data = np.memmap(
+                self.folder / _DATA, dtype=np.uint8, mode="c", shape=(self._kept, self._token_bytes)
+            )
 
     def prepare(self, texts: Sequence[int], progress: Progress = silent) -> None:
         """Computes and keeps the states of texts that are not on disk yet."""
         if self.folder is None:
             return
-        wanted = {self.table.key(text): text for text in texts}  # equal ids once, wherever their prompts end
-        missing = [text for key, text in wanted.items() if key not in self._where]
-        num_tokens = sum(self.table.length(text) for text in missing)
-        kept = sum(n for _, n in self._where.values())
-        if (kept + num_tokens) * self._token_bytes > self.max_bytes:
+        by_key = {self.table.key(text): text for text in texts}  # equal ids once, wherever their prompts end
+        keys, wanted = list(by_key), list(by_key.values())
+        encoded = [self.table.texts[text] for text in wanted]
+        # Batches of all, of which those that are there are left out: a run that was killed goes on with the same ones.
+        missing = [
+            [wanted[i] for i in batch if keys[i] not in self._where]
+            for batch in packed_batches(encoded, self.batch_tokens, hidden=self.hidden)
+        ]
+        batches = [batch for batch in missing if batch]
+        packings = [self._pack(batch) for batch in batches]
+        num_tokens = sum(len(packing.tokens) for packing in packings)
+        if (self._kept + num_tokens) * self._token_bytes > self.max_bytes:
             return
         try:
-            self._write(missing, kept, progress)
+            with progress("shared trunk", num_tokens) as advance:
+                self._write(zip(batches, packings, strict=True), advance)
         except OSError as problem:
             raise CheckpointError(
                 f"{self.folder}: the trunk's states cannot be kept: {problem}; what is there stays usable, free some "
@@ -110,52 +129,58 @@ class Trunk:
             ) from problem
         self.reload()
 
-    def _write(self, missing: Sequence[int], kept: int, progress: Progress) -> None:
-        """Appends the states of texts behind the `kept` tokens that are there."""
+    def _write(self, batches: Iterable[tuple[Sequence[int], Packing]], advance: Advance) -> None:
+        """Appends the states of batches of texts behind what is there."""
         assert self.folder is not None
-        num_tokens = sum(self.table.length(text) for text in missing)
         with (
-            progress("shared trunk", num_tokens) as advance,
             (self.folder / _DATA).open("ab") as data,
             (self.folder / _INDEX).open("a", encoding="ascii") as index,
         ):
             # Drops what a killed run left half done: data without an index line, lines without data.
-            data.truncate(kept * self._token_bytes)
+            data.truncate(self._kept * self._token_bytes)
             index.truncate(self._index_bytes)
-            for batch in token_budget_batches([self.table.length(t) for t in missing], self.batch_tokens):
-                members = [missing[i] for i in batch]
-                states = self._compute(members)
-                lengths = [self.table.length(text) for text in members]
-                for row, length in zip(states, lengths, strict=True):
-                    data.write(row[:length].contiguous().view(torch.uint8).numpy().tobytes())
+            for texts, packing in batches:
+                data.write(self._compute(packing).contiguous().view(torch.uint8).numpy().tobytes())
                 data.flush()
-                for text, length in zip(members, lengths, strict=True):
-                    index.write(f"{self.table.key(text)}\t{kept}\t{length}\n")
-                    kept += length
+                # In the order of the data: a line names nothing that stands behind what later lines name.
+                nodes = sorted(zip(packing.nodes(), texts, strict=True), key=lambda pair: pair[0][-1])
+                for of_text, text in nodes:
+                    pieces = "".join(f"\t{self._kept + first}+{number}" for first, number in _runs(of_text))
+                    index.write(f"{self.table.key(text)}{pieces}\n")
                 index.flush()
-                advance(sum(lengths))
+                self._kept += len(packing.tokens)
+                advance(len(packing.tokens))
 
     def batch(self, texts: Sequence[int]) -> Batch:
         """States of some texts, on the backbone's device."""
         device = self.backbone.device
-        lengths = torch.tensor([self.table.length(text) for text in texts], device=device)
         starts = torch.tensor([self.table.texts[text].prompt_length for text in texts], device=device)
-        found = [self._where.get(self.table.key(text)) for text in texts]
-        if None in found:
-            return Batch(self._compute(texts).to(device), lengths, starts)
-        states = torch.zeros(len(texts), int(lengths.max()), self.hidden, dtype=self.backbone.dtype)
-        for row, place in zip(states, found, strict=True):
-            first, number = place or (0, 0)
-            raw = self._data[first * self._token_bytes : (first + number) * self._token_bytes]
-            row[:number] = torch.from_numpy(raw).view(self.backbone.dtype).view(number, self.hidden)
-        return Batch(states.to(device), lengths, starts)
+        packing = self._pack(texts)
+        found = [self._where[key] for key in map(self.table.key, texts) if key in self._where]
+        if len(found) < len(texts):
+            return Batch(self._compute(packing).to(device), packing, starts)
+        places = np.empty(len(packing.tokens), dtype=np.int64)
+        for nodes, pieces in zip(packing.nodes(), found, strict=True):
+            places[nodes] = np.concatenate(pieces)
+        states = torch.from_numpy(self._data[places]).view(self.backbone.dtype)
+        return Batch(states.to(device), packing, starts)
+
+    def _pack(self, texts: Sequence[int]) -> Packing:
+        return pack_texts([self.table.texts[text].input_ids for text in texts], hidden=self.hidden)
 
     @torch.no_grad()
-    def _compute(self, texts: Sequence[int]) -> Tensor:
-        lengths = [self.table.length(text) for text in texts]
-        token_ids = torch.zeros(len(texts), max(lengths), dtype=torch.long)
-        for row, text in zip(token_ids, texts, strict=True):
-            ids = self.table.texts[text].input_ids
-            row[: len(ids)] = torch.tensor(ids)
-        states = embed(self.backbone, token_ids.to(self.backbone.device))
-        return run_layers(self.backbone, states, self.backbone.layers[: self.split_layer]).cpu()
+    def _compute(self, packing: Packing) -> Tensor:
+        states = embed(self.backbone, packing.tokens.to(self.backbone.device))
+        return run_layers(self.backbone, states, self.backbone.layers[: self.split_layer], packing).cpu()
+
+
+def _piece(text: str) -> range:
+    first, number = map(int, text.split("+"))
+    return range(first, first + number)
+
+
+def _runs(nodes: list[int]) -> list[tuple[int, int]]:
+    """First and number of the stretches without a gap."""
+    borders = [i for i in range(1, len(nodes)) if nodes[i] != nodes[i - 1] + 1]
+    starts, ends = [0, *borders], [*borders, len(nodes)]
+    return [(nodes[start], end - start) for start, end in zip(starts, ends, strict=True)]
