@@ -10,10 +10,6 @@ def pack_left(rows, mask):
     return packed, [sum(map(bool, real)) for real in mask]
 
 
-def last_token(rows, lengths):
-    return [row[length - 1] for row, length in zip(rows, lengths, strict=True)]
-
-
 def mean_tokens(rows, starts, ends):
     means = []
     for row, start, end in zip(rows, starts, ends, strict=True):

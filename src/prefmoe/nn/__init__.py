@@ -21,7 +21,7 @@ from prefmoe.nn.packing import (
     packed_attention,
     saved_layer_tokens,
 )
-from prefmoe.nn.pooling import last_token, mean_tokens, pack_left, pad_left
+from prefmoe.nn.pooling import mean_tokens, pack_left, pad_left
 from prefmoe.nn.probe import fit_bradley_terry, fit_softmax
 from prefmoe.nn.router_losses import (
     empty_mass_penalty,
@@ -67,7 +67,6 @@ __all__ = [
     "group_hinge_loss",
     "group_log_masses",
     "group_soft_loss",
-    "last_token",
     "localized_balance_loss",
     "mean_by_text",
     "mean_reward",

@@ -58,11 +58,6 @@ class Packing:
             rows = rows.gather(1, steps.clamp(max=rows.shape[1] - 1))
         return _take(states, rows)
 
-    def last(self, states: Float[Tensor, "nodes hidden"]) -> Float[Tensor, "batch hidden"]:
-        """State of the last token of every text."""
-        last = self.rows.gather(1, self.lengths[:, None] - 1)[:, 0]
-        return _take(states, last.to(states.device))
-
     def copies(self, owners: Sequence[int]) -> "Packing":
         """The same tree once for every owner, one behind the other."""
         nodes, number = len(self.tokens), len(owners)
@@ -173,8 +168,8 @@ def saved_layer_tokens(shared: int, length: int, hidden: int) -> float:
         hidden: Width of the layer.
 
     Example:
-        >>> saved_layer_tokens(400, 480, hidden=576)
-        422.2...
+        >>> round(saved_layer_tokens(400, 480, hidden=576))
+        422
         >>> saved_layer_tokens(20, 1000, hidden=576) < 0
         True
     """

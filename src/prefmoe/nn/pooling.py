@@ -64,27 +64,6 @@ def pad_left(rows: Sequence[Int[Tensor, " _"]]) -> tuple[Int[Tensor, "batch seq"
     return ids, mask
 
 
-def last_token(states: States, lengths: Positions) -> Float[Tensor, "batch hidden"]:
-    """State of the last real token of each row of a right-padded batch, in the dtype of `states`.
-
-    Args:
-        states: States of the tokens; real tokens first (see `pack_left`).
-        lengths: Number of real tokens of each row, from 1 to seq.
-
-    Returns:
-        One state a row.
-
-    Raises:
-        ShapeError: A length is below 1 or above seq.
-
-    Example:
-        >>> last_token(torch.tensor([[[1.0], [2.0], [9.0]]]), torch.tensor([2])).tolist()
-        [[2.0]]
-    """
-    _check_range("lengths", lengths, low=1, high=states.shape[1])
-    return states[torch.arange(len(states), device=states.device), lengths - 1]
-
-
 def mean_tokens(states: States, starts: Positions, ends: Positions) -> Float[Tensor, "batch hidden"]:
     """Mean state of the tokens at positions start <= i < end of each row, in float32 or wider.
 

@@ -163,10 +163,9 @@ class Experts(nn.Module):
             call=call,
             gradient_checkpointing=self.gradient_checkpointing and self.training,
         )
-        if self.pooling == "last":  # the norm works token by token, so it may come after pooling
-            return backbone.norm(packing.last(states)).float()
         lengths = packing.lengths.to(starts.device)
-        starts = starts.minimum(lengths - 1)  # a completion that was cut away: the last token stands for it
+        # Where a completion was cut away, the last token stands for it.
+        starts = lengths - 1 if self.pooling == "last" else starts.minimum(lengths - 1)
         completions = packing.unpack(backbone.norm(states), starts)
         return mean_tokens(completions, torch.zeros_like(starts), lengths - starts)
 

@@ -57,7 +57,9 @@ class BackboneSettings(Section):
     max_length: int = Field(1024, ge=8, description="tokens of a text; longer ones are cut")
     trunk_cache: bool = Field(True, description="keep the output of the lower layers on disk")
     trunk_cache_gib: float = Field(16.0, gt=0, description="a larger cache is not written")
-    batch_tokens: int = Field(8192, ge=1, description="tokens of one forward pass without gradient")
+    batch_tokens: int = Field(
+        8192, ge=1, description="tokens of one forward pass without gradient; what texts share counts once"
+    )
 
 
 class ExpertSettings(Section):
