@@ -1,11 +1,13 @@
 """Calls a second of `prefmoe label` against a server with a known latency, as a share of concurrency / latency.
 
-    python benchmarks/label_throughput.py [--json OUT] [--calls 8000] [--concurrency 64] [--latency 0.05]
+    python benchmarks/label_throughput.py [--calls 8000] [--processes 1] [--concurrency 64] [--latency 0.05]
 
 The server is a process of its own on the loopback that answers every request after exactly that time, so the ideal is
 `concurrency / latency` calls a second. Timed is what a user waits for between the first and the last answer: keys,
-requests, reading, and an SQLite commit of every answer before it counts. Reading files and starting Python is not. The
-first call, which runs alone, is part of it.
+requests, reading, and an SQLite commit of every answer before it counts. Reading files and starting Python is not.
+
+Processor time a call is that of the judge's processes, user and system, without their start; the server's is measured
+apart.
 """
 
 import argparse
@@ -14,8 +16,10 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from prefmoe.labeling import TaskFile
@@ -79,20 +83,38 @@ def pairs(num):
     ]
 
 
-def measure(url, num_calls, concurrency, folder):
+def processor_seconds(whose):
+    used = resource.getrusage(whose)
+    return used.ru_utime + used.ru_stime
+
+
+def ask(labeler, rows):
+    """Times of all answers, and the processor time of this process and of those that it started for this."""
+    times = []
+
+    @contextmanager
+    def watch(_):
+        yield lambda progress: times.append(time.perf_counter())
+
+    labeler.watcher = watch
+    before = processor_seconds(resource.RUSAGE_SELF), processor_seconds(resource.RUSAGE_CHILDREN)
+    labeler.ask(rows)
+    after = processor_seconds(resource.RUSAGE_SELF), processor_seconds(resource.RUSAGE_CHILDREN)
+    return times, after[0] - before[0], after[1] - before[1]
+
+
+def measure(url, num_calls, folder, *, concurrency, processes):
+    """Calls, seconds between the first answer and the last, and processor seconds."""
     tasks = TaskFile.model_validate(
         {"tasks": {"all": {"description": "Talk.", "capabilities": {"wit": "It is funny."}}}}
     )
-    settings = JudgeSettings(judge="m", base_url=url, concurrency=concurrency)
+    settings = JudgeSettings(judge="m", base_url=url, concurrency=concurrency, processes=processes)
     rows = pairs(num_calls // 2)
     with AnswerStore(folder / "answers.sqlite") as store:
         labeler = JudgeLabeler(settings, tasks, store)
-        labeler.ask(pairs(1))  # loads the client's code
-        (folder / "answers.sqlite").exists()
-        cpu, start = time.process_time(), time.perf_counter()
-        labeler.ask(rows[1:])
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        return len(store.keys("m")) - 2, seconds, cpu
+        _, _, to_start = ask(labeler, rows[:1])  # loads the client's code, here and in the others
+        times, here, others = ask(labeler, rows[1:])
+    return len(times) - 1, times[-1] - times[0], here + others - to_start
 
 
 def main():
@@ -100,6 +122,7 @@ def main():
     parser.add_argument("--calls", type=int, default=8000)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--latency", type=float, default=0.05, help="seconds")
+    parser.add_argument("--processes", type=int, default=1, help="that make the calls")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     receive, send = multiprocessing.Pipe(duplex=False)
@@ -107,9 +130,16 @@ def main():
     server.start()
     with tempfile.TemporaryDirectory() as folder:
         calls, seconds, cpu = measure(
-            f"http://127.0.0.1:{receive.recv()}/v1", options.calls, options.concurrency, Path(folder)
+            f"http://127.0.0.1:{receive.recv()}/v1",
+            options.calls,
+            Path(folder),
+            concurrency=options.concurrency,
+            processes=options.processes,
         )
+    others = processor_seconds(resource.RUSAGE_CHILDREN)
     server.terminate()
+    server.join()
+    server_cpu = processor_seconds(resource.RUSAGE_CHILDREN) - others
     ideal = options.concurrency / options.latency
     result = {
         "calls": calls,
@@ -118,7 +148,9 @@ def main():
         "ideal": ideal,
         "share_of_ideal": round(calls / seconds / ideal, 3),
         "cpu_ms_per_call": round(1000 * cpu / calls, 3),
+        "server_cpu_ms_per_call": round(1000 * server_cpu / calls, 3),
         "concurrency": options.concurrency,
+        "processes": options.processes,
         "latency_s": options.latency,
         "load_average": round(os.getloadavg()[0], 2),
         "cpus": os.cpu_count(),

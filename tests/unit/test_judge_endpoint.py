@@ -70,6 +70,8 @@ def test_a_question_is_sent_with_schema_temperature_and_limit():
     assert {point: answer.choice for point, answer in reply.answers.items()} == {"wit": "1", "brevity": "0"}
     assert (reply.input_tokens, reply.output_tokens) == (321, 7)
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+    assert server.headers[0]["content-type"] == "application/json"
+    assert not any("stainless" in name for name in server.headers[0])  # the SDK's word on our machine
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ an endpoint rejects by name is left out from then on. Retries are not made here:
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from prefmoe.errors import ConfigError
 from prefmoe.labeling.judge.answers import (
@@ -19,7 +19,8 @@ from prefmoe.labeling.judge.answers import (
     unusable,
 )
 from prefmoe.labeling.judge.pace import retry_after
-from prefmoe.labeling.judge.questions import Question
+from prefmoe.labeling.judge.questions import Asks
+from prefmoe.labeling.judge.settings import JudgeSettings
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
@@ -30,6 +31,13 @@ _OPENAI = "https://api.openai.com/v1"
 _NO_KEY = "none"  # the SDK wants one; a server without accounts does not look at it
 _LIKELIEST = 5  # tokens shown in the place of an answer; some servers show no more
 _SHOWN_CHARACTERS = 300
+
+# What the SDK would tell every endpoint about this machine; nobody asked, and each header costs processor time.
+_UNASKED = tuple(
+    f"X-Stainless-{name}"
+    for name in ("Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Async")
+)
+_UNASKED_PER_CALL = ("X-Stainless-Retry-Count", "X-Stainless-Read-Timeout")
 
 # By what a rejected request may be rejected, and what is sent instead.
 _OPTIONAL = ("response_format", "temperature", "max_tokens", "max_completion_tokens", "logprobs")
@@ -92,7 +100,7 @@ class Endpoint:
         """Closes the connections."""
         await self._client.close()
 
-    async def ask(self, question: Question) -> Reply:
+    async def ask(self, question: Asks) -> Reply:
         """The answers to one question.
 
         Raises:
@@ -150,6 +158,7 @@ class Endpoint:
             max_retries=0,
             timeout=timeout,
             http_client=client,
+            default_headers=cast("dict[str, str]", dict.fromkeys(_UNASKED, openai.Omit())),
         )
 
     async def _post(
@@ -198,7 +207,13 @@ class Endpoint:
 
         try:
             # The text, not the SDK's typed object: half the processor time, and servers' own fields do no harm.
-            text = await self._client.post("/chat/completions", cast_to=str, body=body)
+            # So do a whole address, a body that is bytes, and fewer headers: together a quarter of what is left.
+            text = await self._client.post(
+                f"{self._client.base_url}chat/completions",
+                cast_to=str,
+                content=json.dumps(body).encode(),
+                options={"headers": dict.fromkeys(_UNASKED_PER_CALL, openai.Omit())},
+            )
         except openai.APIConnectionError as error:
             in_time = not isinstance(error, openai.APITimeoutError)
             what = "the connection broke" if in_time else "no answer in time"
@@ -233,7 +248,7 @@ class Endpoint:
             return _Unanswerable("too long", text)
         return _Unanswerable("refused", text) if any(s in lowered for s in _REFUSED) else _Rejected(complaint)
 
-    def _read(self, content: Mapping[str, Any], question: Question) -> Reply:
+    def _read(self, content: Mapping[str, Any], question: Asks) -> Reply:
         choice, message = content["choices"][0], _message(content)
         usage = content.get("usage") or {}
         text = str(message.get("content") or "")
@@ -256,6 +271,17 @@ class Endpoint:
     def _clean(self, text: str) -> str:
         text = self._without_key(text)
         return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def open_endpoint(settings: JudgeSettings) -> Endpoint:
+    """The endpoint that the settings name; a ConfigError says what is missing."""
+    return Endpoint(
+        settings.judge,
+        base_url=settings.base_url,
+        timeout=settings.timeout,
+        max_answer_tokens=settings.max_answer_tokens,
+        confidence=settings.confidence,
+    )
 
 
 class _Rejected(Exception):

@@ -1,6 +1,5 @@
 """A judge as a labeler: asks what is not in the store yet, and labels what both orders agree on."""
 
-import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from prefmoe.errors import PrefmoeError
 from prefmoe.labeling.interface import Labels
 from prefmoe.labeling.judge.asking import Asking, Manners
 from prefmoe.labeling.judge.budget import Budget, Prices
-from prefmoe.labeling.judge.endpoint import Endpoint
+from prefmoe.labeling.judge.callers import open_callers
+from prefmoe.labeling.judge.event_loop import run_alone
 from prefmoe.labeling.judge.pace import Backoff
 from prefmoe.labeling.judge.questions import Interview, Question, choose_points, hash_pair
 from prefmoe.labeling.judge.settings import LOCAL, JudgeSettings
@@ -119,6 +119,20 @@ class JudgeLabeler:
             for pair in pairs
         ]
 
+    def soft_labels(
+        self, pairs: Sequence[PreferencePair], verdicts: Verdicts | None = None
+    ) -> list[dict[str, float]]:
+        """Probabilities that the chosen side is better, for each point on which both orders gave some.
+
+        Also where the two orders disagree: their mean is then near one half. `verdicts` are those of the same pairs.
+        """
+        known = self.verdicts(pairs) if verdicts is None else verdicts
+        found = (known.get(hash_pair(pair), {}) for pair in pairs)
+        return [
+            {point: share for point, v in of_pair.items() if (share := v.chosen_probability) is not None}
+            for of_pair in found
+        ]
+
     def plan(self, pairs: Sequence[PreferencePair]) -> Plan:
         """What `ask` would do, without doing it; raises what it would raise before the first call."""
         self.interview.check(pairs)
@@ -150,7 +164,7 @@ class JudgeLabeler:
             if self.settings.is_local:
                 self._ask_locally(missing, count)
             else:
-                asyncio.run(self._ask_endpoint(missing, count))
+                run_alone(self._ask_endpoint(missing, count))
 
     def verdicts(self, pairs: Sequence[PreferencePair]) -> dict[str, dict[str, Verdict]]:
         """What the store knows about these pairs in these words: hash of the pair -> point -> verdict."""
@@ -184,12 +198,9 @@ class JudgeLabeler:
             self._prices,
         )
         budget = Budget(self.store.spent(self.name), max_calls=chosen.max_calls, max_usd=chosen.max_usd)
-        endpoint = open_endpoint(chosen)
-        try:
-            asking = Asking(endpoint, self.store, budget=budget, manners=manners, watch=count)
+        async with open_callers(chosen) as asked:
+            asking = Asking(asked, self.store, budget=budget, manners=manners, watch=count)
             await asking.run(questions)
-        finally:
-            await endpoint.close()
         self.out_of_budget = asking.out_of_budget
 
     def _ask_locally(self, questions: Iterable[Question], count: "_Counter") -> None:
@@ -221,17 +232,6 @@ class JudgeLabeler:
     @property
     def _has_prices(self) -> bool:
         return self.settings.input_price is not None or self.settings.output_price is not None
-
-
-def open_endpoint(settings: JudgeSettings) -> Endpoint:
-    """The endpoint that the settings name; a ConfigError says what is missing."""
-    return Endpoint(
-        settings.judge,
-        base_url=settings.base_url,
-        timeout=settings.timeout,
-        max_answer_tokens=settings.max_answer_tokens,
-        confidence=settings.confidence,
-    )
 
 
 def require_everything(labeler: JudgeLabeler) -> None:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 from prefmoe.errors import ConfigError, DataError, join_problems
 from prefmoe.labeling.judge.wording import Wording
@@ -18,6 +19,26 @@ Points = Mapping[str, tuple[str, ...]]
 _CHARACTERS_PER_TOKEN = (
     4  # of Western text, by OpenAI's rule of thumb; other scripts count one token a character
 )
+
+
+class Asks(Protocol):
+    """What an endpoint needs to know of a question."""
+
+    @property
+    def system(self) -> str:
+        """The system message."""
+
+    @property
+    def user(self) -> str:
+        """The user message."""
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """What is asked about."""
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The answers that count."""
 
 
 @dataclass(frozen=True)

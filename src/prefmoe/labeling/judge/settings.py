@@ -38,6 +38,13 @@ class JudgeSettings(BaseModel):
         "compared; needs probabilities, of a local judge or by `confidence`",
     )
     concurrency: int = Field(16, ge=1, le=1024, description="calls under way at the same time")
+    processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="that make the calls; more than one where an endpoint answers faster than one core can ask, some "
+        "hundred calls a second",
+    )
     requests_per_minute: float | None = Field(None, gt=0, description="without it there is no limit")
     tokens_per_minute: float | None = Field(
         None, gt=0, description="read and written; without it there is no limit"

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from prefmoe.errors import ConfigError, PrefmoeError
-from prefmoe.labeling.judge.endpoint import Endpoint, Fault
-from prefmoe.labeling.judge.labeler import open_endpoint
+from prefmoe.labeling.judge.endpoint import Endpoint, Fault, open_endpoint
+from prefmoe.labeling.judge.event_loop import run_alone
 from prefmoe.labeling.judge.pace import Backoff
 from prefmoe.labeling.judge.settings import JudgeSettings
 from prefmoe.labeling.judge.wording import Wording
@@ -50,7 +50,7 @@ def suggest_tasks(pairs: Sequence[PreferencePair], settings: JudgeSettings, *, s
         raise ConfigError(
             f"judge {settings.judge!r} compares probabilities and writes nothing; --suggest needs an endpoint"
         )
-    content = asyncio.run(_suggest_all(pairs, settings, seed))
+    content = run_alone(_suggest_all(pairs, settings, seed))
     TaskFile.model_validate(content)
     head = f"# Proposed by {settings.judge} from up to {SAMPLE} pairs a task: edit it, add what is missing.\n"
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
