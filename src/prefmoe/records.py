@@ -27,6 +27,7 @@ class PreferencePair:
         target_margin: How much the rewards should differ at least, reward units; column `margin`.
         weight: Share of this pair in the loss, relative to 1.
         capabilities: For each named capability which side is better: 1 chosen, -1 rejected, 0 a tie.
+        capability_probabilities: Soft labels: for named capabilities the probability that `chosen` is better.
     """
 
     id: str
@@ -39,11 +40,19 @@ class PreferencePair:
     weight: float = 1.0
     capabilities: Mapping[str, int] = field(default_factory=dict)
     source: str | None = None
+    capability_probabilities: Mapping[str, float] = field(default_factory=dict)
 
     def swap(self) -> Self:
         """The same pair with the other completion preferred."""
         flipped = {name: -side for name, side in self.capabilities.items()}
-        return replace(self, chosen=self.rejected, rejected=self.chosen, capabilities=flipped)
+        soft = {name: 1 - share for name, share in self.capability_probabilities.items()}
+        return replace(
+            self,
+            chosen=self.rejected,
+            rejected=self.chosen,
+            capabilities=flipped,
+            capability_probabilities=soft,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,15 @@ BAD_ROWS = {
     "capability NaN": (row(capabilities={"brief": float("nan")}), "capability 'brief' is nan"),
     "capability true": (row(capabilities={"brief": True}), "capability 'brief' is True"),
     "capability text": (row(capabilities={"brief": "chosen"}), "capability 'brief' is 'chosen'"),
+    "soft label 1.2": (
+        row(capability_probabilities={"brief": 1.2}),
+        "capability_probabilities: 'brief' is 1.2; expected a probability, from 0 (rejected is better) to 1",
+    ),
+    "soft label text": (row(capability_probabilities={"brief": "0.9"}), "'brief' is '0.9'"),
+    "soft label list": (
+        row(capability_probabilities=[0.9]),
+        "'capability_probabilities' has the wrong type; got [0.9]; expected {'name': 0.9}",
+    ),
     "capability list": (row(capabilities=["brief"]), "'capabilities' has the wrong type; got ['brief']"),
     "column NaN": (
         row(cap_brief_chosen=float("nan"), cap_brief_rejected=1),
@@ -155,10 +164,14 @@ def test_every_column_arrives():
             weight=0,
             source="s",
             capabilities={"a": 1.0, "b": None},
+            capability_probabilities={"a": 1, "b": None, "c": 0.25},
         )
     )
     assert (pair.id, pair.task, pair.preference, pair.source) == ("7", "advice", "kind", "s")
     assert (pair.target_margin, pair.weight, pair.capabilities) == (2.0, 0.0, {"a": 1})
+    assert pair.capability_probabilities == {"a": 1.0, "c": 0.25}
+    assert pair.swap().capability_probabilities == {"a": 0.0, "c": 0.75}
+    assert pair.swap().swap() == pair
 
 
 def test_null_columns_count_as_absent_and_unknown_ones_are_ignored():

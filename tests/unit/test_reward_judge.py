@@ -1,14 +1,17 @@
 """`data.labels: {judge: ...}` in a training config: what is missing is labelled first."""
 
+from dataclasses import replace
+from math import log
+
 import pytest
 import yaml
 
 from data_helpers import write_rows
 from judge_helpers import TASKS_YAML, pairs, side_by_hash
-from judge_server import JudgeServer
-from prefmoe.errors import ConfigError, PrefmoeError
+from judge_server import JudgeServer, completion
+from prefmoe.errors import ConfigError, DataError, PrefmoeError
 from prefmoe.reward.settings import check_settings, load_settings
-from prefmoe.reward.splits import label_splits
+from prefmoe.reward.splits import find_capabilities, label_splits
 
 pytestmark = pytest.mark.allow_hosts(["127.0.0.1"])
 
@@ -37,6 +40,38 @@ def test_training_and_validation_pairs_are_labelled_and_test_pairs_are_not(tmp_p
         for before, after in zip(splits()[name], labelled[name], strict=True):
             assert dict(after.capabilities) == dict.fromkeys(["wit", "brevity"], side_by_hash(before))
     assert labelled["test"] == splits()["test"]
+
+
+def test_soft_labels_of_a_judge_and_of_rows_are_kept_where_they_are_asked_for(tmp_path):
+    shown = [
+        {"token": "1", "top_logprobs": [{"token": t, "logprob": log(p)} for t, p in (("1", 0.8), ("2", 0.2))]}
+    ]
+    given = splits()
+    given["train"][0] = replace(given["train"][0], capability_probabilities={"wit": 0.9})
+    with JudgeServer(lambda _: completion("1", logprobs=shown)) as server:
+        chosen = settings(tmp_path, server.url, confidence=True)
+        hard = label_splits(given, chosen)
+        soft = label_splits(given, with_data(chosen, soft_labels=True))
+        assert len(server.requests) == 5 * 4
+    assert not any(pair.capability_probabilities for pairs in hard.values() for pair in pairs)
+    # "1" in both orders: no label, and a probability of one half; that of the row stays.
+    assert [pair.capabilities for pair in soft["train"]] == [{}] * 3
+    expected = [{"wit": 0.9, "brevity": 0.5}, *[{"wit": 0.5, "brevity": 0.5}] * 2]
+    assert [pair.capability_probabilities for pair in soft["train"]] == [
+        pytest.approx(one) for one in expected
+    ]
+    assert find_capabilities(soft["train"], chosen.data) == {"chat": ["brevity", "wit"]}
+
+
+def test_soft_labels_that_are_nowhere_stop_the_training(tmp_path):
+    chosen = settings(tmp_path, "http://127.0.0.1:1")
+    columns = with_data(chosen, labels="columns", soft_labels=True)
+    with pytest.raises(DataError, match="no training pair has 'capability_probabilities'; label with"):
+        label_splits(splits(), columns)
+
+
+def with_data(chosen, **changes):
+    return chosen.model_copy(update={"data": chosen.data.model_copy(update=changes)})
 
 
 def test_a_budget_that_ends_too_early_stops_the_training(tmp_path):
@@ -85,6 +120,14 @@ def test_a_judge_needs_a_tasks_file(tmp_path):
 def test_mistakes_in_a_config_are_named(labels, sentence):
     with pytest.raises(ConfigError, match=sentence):
         check_settings({"data": {"train": "x", "labels": labels}}, where="config")
+
+
+def test_soft_labels_need_probabilities():
+    data = {"train": "x", "soft_labels": True, "labels": {"judge": "m"}}
+    with pytest.raises(ConfigError, match="soft_labels needs probabilities; add confidence: true to labels"):
+        check_settings({"data": data}, where="config")
+    for labels in ("columns", {"judge": "m", "confidence": True}, {"judge": "local:m"}):
+        assert check_settings({"data": data | {"labels": labels}}, where="config").data.soft_labels
 
 
 def test_a_config_with_a_judge_is_read_back_as_it_was_written(tmp_path):

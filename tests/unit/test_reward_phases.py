@@ -29,6 +29,27 @@ def test_ids_that_stand_twice_put_no_prompt_on_both_sides(tmp_path: Path, split:
         assert len(seen) + len(kept) == len({row.prompt for row in bench.train.rows})
 
 
+def test_a_capability_expert_sees_soft_labels_where_there_are_any(tmp_path: Path) -> None:
+    splits = planted_splits()
+    first, second, third, *others = splits["train"]
+    task = str(first.task)
+    kinds = [
+        ({"wit": 1}, {}),
+        ({"wit": -1}, {"wit": 0.25}),
+        ({}, {"wit": 0.5}),  # the two orders disagree: no label, but a probability
+    ]
+    labelled = [
+        replace(pair, task=task, capabilities=hard, capability_probabilities=soft)
+        for pair, (hard, soft) in zip((first, second, third), kinds, strict=True)
+    ]
+    splits["train"] = [*labelled, *others]
+    for is_soft, expected in ((True, [1.0, 0.25, 0.5]), (False, [1.0, 0.0])):
+        settings = tiny_settings(tmp_path / str(is_soft), data={"soft_labels": is_soft})
+        bench = tiny_bench(settings, splits)
+        rows = phases.capability_rows(bench.train, task, "wit", pairs_of(task))
+        assert [row.label for row in rows] == expected
+
+
 def test_no_two_experts_have_one_name() -> None:
     parts = ["", "a", "b", "a/b", "a@b", "a|b", "a%2Fb", "%"]
     names = [expert_name(*some) for some in product(parts[1:], parts, ["", "half0"])]

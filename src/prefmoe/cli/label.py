@@ -135,7 +135,6 @@ def _label_by_judge(rows: "list[SourceRow]", labeler: "JudgeLabeler", out: Path)
     from prefmoe.cli.label_progress import CallProgress
     from prefmoe.cli.label_tables import print_quality
     from prefmoe.labeling.files import write_labels
-    from prefmoe.labeling.judge.questions import hash_pair
     from prefmoe.labeling.judge.verdicts import measure_points
 
     pairs = [row.pair for row in rows]
@@ -143,13 +142,7 @@ def _label_by_judge(rows: "list[SourceRow]", labeler: "JudgeLabeler", out: Path)
     labeler.ask(pairs)
     verdicts = labeler.verdicts(pairs)
     labels = labeler.labels_of(pairs, verdicts)
-    soft = None
-    if labeler.settings.confidence:
-        of_pairs = [verdicts.get(hash_pair(pair), {}) for pair in pairs]
-        soft = [
-            {point: v.chosen_probability for point, v in found.items() if v.chosen_probability is not None}
-            for found in of_pairs
-        ]
+    soft = labeler.soft_labels(pairs, verdicts) if labeler.settings.confidence else None
     added = write_labels(out, rows, labels, name=labeler.name, probabilities=soft)
     people = Console(stderr=True)
     print_quality(labeler.name, measure_points(verdicts), people)

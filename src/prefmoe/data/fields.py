@@ -125,6 +125,27 @@ def capabilities_of(values: Values, problems: list[str]) -> dict[str, int]:
     return labels
 
 
+def probabilities_of(values: Values, problems: list[str]) -> dict[str, float]:
+    """Soft labels of `capability_probabilities`, as `prefmoe label --confidence` writes them."""
+    given = values.get("capability_probabilities")
+    if given is not None and not isinstance(given, dict):
+        expected = "{'name': 0.9}"
+        problems.append(
+            f"'capability_probabilities' has the wrong type; got {short(given)}; expected {expected}"
+        )
+        given = None
+    shares: dict[str, float] = {}
+    for name, share in (given or {}).items():
+        if share is None:  # as above
+            continue
+        if not is_finite(share) or not 0 <= share <= 1:
+            expected = "a probability, from 0 (rejected is better) to 1 (chosen is better)"
+            problems.append(f"capability_probabilities: {name!r} is {short(share)}; expected {expected}")
+            continue
+        shares[name] = float(share)
+    return shares
+
+
 def _compared_columns(values: Values, problems: list[str]) -> dict[str, int]:
     labels: dict[str, int] = {}
     for name in _compared_names(values):

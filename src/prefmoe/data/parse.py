@@ -12,6 +12,7 @@ from prefmoe.data.fields import (
     missing,
     name_of,
     number_of,
+    probabilities_of,
     transcript_of,
 )
 from prefmoe.data.text import common_length, short
@@ -86,6 +87,7 @@ def _single_pair(values: Values, row_id: str, common: dict[str, Any], problems: 
         rejected=rejected,
         target_margin=number_of(values, "margin", 0.0, problems),
         capabilities=capabilities_of(values, problems),
+        capability_probabilities=probabilities_of(values, problems),
         **common,
     )
 

@@ -77,12 +77,25 @@ def select_rows(encoded: EncodedPairs, wanted: Chooser) -> list[PairRow]:
 
 
 def capability_rows(encoded: EncodedPairs, task: str, name: str, wanted: Chooser) -> list[PairRow]:
-    """Rows of a task's pairs as one capability sees them: label 1 or 0 by the better side, ties left out."""
-    return [
-        row._replace(label=1.0 if pair.capabilities[name] > 0 else 0.0, target_margin=0.0)
+    """Rows of a task's pairs as one capability sees them.
+
+    The label is the pair's soft label, else 1 or 0 by the better side; ties and pairs without either are left out.
+    """
+    labels = (
+        (pair, row, _capability_label(pair, name))
         for pair, row in zip(encoded.pairs, encoded.rows, strict=True)
-        if pair.task == task and pair.capabilities.get(name, 0) != 0 and wanted(pair, row)
+    )
+    return [
+        row._replace(label=label, target_margin=0.0)
+        for pair, row, label in labels
+        if pair.task == task and label is not None and wanted(pair, row)
     ]
+
+
+def _capability_label(pair: PreferencePair, name: str) -> float | None:
+    side = pair.capabilities.get(name, 0)
+    hard = None if side == 0 else float(side > 0)
+    return pair.capability_probabilities.get(name, hard)
 
 
 def draw(rows: Sequence[PairRow], limit: int | None, seed: int) -> list[PairRow]:

@@ -39,6 +39,11 @@ class DataSettings(Section):
         description="where capability labels come from: the rows, rules, or `{judge: MODEL, ...}`, which asks what is "
         "missing first; columns always win",
     )
+    soft_labels: bool = Field(
+        False,
+        description="capability experts learn from probabilities where there are any, in the column "
+        "`capability_probabilities` or from a judge, and from labels elsewhere",
+    )
     tasks_file: str | None = Field(
         None, description="YAML with tasks, capabilities, their sentences and rules"
     )
@@ -46,6 +51,13 @@ class DataSettings(Section):
         None,
         description="a judge's answers; null is `answers.sqlite` beside the run folder, for all runs there",
     )
+
+    @model_validator(mode="after")
+    def _judge_gives_probabilities(self) -> Self:
+        judge = self.labels
+        if self.soft_labels and isinstance(judge, JudgeSettings) and not (judge.is_local or judge.confidence):
+            raise ValueError("soft_labels needs probabilities; add confidence: true to labels")
+        return self
 
 
 class BackboneSettings(Section):

@@ -3,7 +3,7 @@
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -101,16 +101,37 @@ def with_task(pairs: list[PreferencePair], split: str) -> list[PreferencePair]:
 def label_splits(splits: Splits, settings: RewardSettings, *, progress: Progress = silent) -> Splits:
     """Adds what rules or a judge say to the labels that the rows carry; a judge is not asked about test pairs.
 
+    Soft labels stay only where the settings ask for them, so whoever comes later need not ask again.
+
     A judge's answers outlive the run folder, so that a run with other settings pays for none again. Of several
     processes the main one asks, the others then find every answer in the store.
 
     Raises:
         ConfigError: there is no tasks file, or the judge cannot be asked.
         PrefmoeError: the judge's budget ended before everything was labelled.
+        DataError: soft labels are asked for, and no training pair has any.
     """
-    judge = settings.data.labels
-    if not isinstance(judge, JudgeSettings):
-        return {name: label_capabilities(pairs, settings.data) for name, pairs in splits.items()}
+    if not settings.data.soft_labels:
+        splits = {name: [_without_soft_labels(pair) for pair in pairs] for name, pairs in splits.items()}
+    if isinstance(settings.data.labels, JudgeSettings):
+        splits = _label_by_judge(splits, settings, settings.data.labels, progress)
+    else:
+        splits = {name: label_capabilities(pairs, settings.data) for name, pairs in splits.items()}
+    if settings.data.soft_labels and not any(pair.capability_probabilities for pair in splits["train"]):
+        raise DataError(
+            "data.soft_labels is true, but no training pair has 'capability_probabilities'; label with "
+            "`prefmoe label --confidence`, or drop soft_labels"
+        )
+    return splits
+
+
+def _without_soft_labels(pair: PreferencePair) -> PreferencePair:
+    return replace(pair, capability_probabilities={}) if pair.capability_probabilities else pair
+
+
+def _label_by_judge(
+    splits: Splits, settings: RewardSettings, judge: JudgeSettings, progress: Progress
+) -> Splits:
     if settings.data.tasks_file is None:
         raise ConfigError(
             "data.labels is a judge, but data.tasks_file is not given; name a tasks file with sentences"
@@ -127,7 +148,13 @@ def label_splits(splits: Splits, settings: RewardSettings, *, progress: Progress
         labeler = JudgeLabeler(judge, load_tasks(settings.data.tasks_file), answers, watcher=watch)
         labelled = iter(apply_labels(asked, [labeler]))
         require_everything(labeler)
+        if settings.data.soft_labels:
+            labelled = map(_with_soft_labels, labelled, labeler.soft_labels(asked))
     return splits | {name: list(islice(labelled, len(splits[name]))) for name in _ASKED_SPLITS}
+
+
+def _with_soft_labels(pair: PreferencePair, found: Mapping[str, float]) -> PreferencePair:
+    return replace(pair, capability_probabilities={**found, **pair.capability_probabilities})
 
 
 def label_capabilities(pairs: list[PreferencePair], data: DataSettings) -> list[PreferencePair]:
@@ -142,11 +169,15 @@ def label_capabilities(pairs: list[PreferencePair], data: DataSettings) -> list[
 
 
 def find_capabilities(pairs: list[PreferencePair], data: DataSettings) -> dict[str, list[str]]:
-    """Capabilities of every task that has pairs; those without any label of 1 or -1 are left out, with a warning."""
+    """Capabilities of every task that has pairs.
+
+    Those without any label of 1 or -1, and without any soft one, are left out, with a warning.
+    """
     labels: dict[str, Counter[str]] = {}
     for pair in pairs:
         found = labels.setdefault(str(pair.task), Counter())
         found.update({name: abs(side) for name, side in pair.capabilities.items()})
+        found.update(pair.capability_probabilities.keys())
     if data.tasks_file is not None:
         for task, spec in load_tasks(data.tasks_file).tasks.items():
             if task in labels:

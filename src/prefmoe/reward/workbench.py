@@ -198,10 +198,11 @@ def _prepared_trunk(
 
 def _hash_of_pairs(encoded: EncodedPairs, table: TextTable) -> str:
     """Of everything that a training or a test sees of pairs, in their order."""
+    labels = ([*pair.capabilities.items(), *pair.capability_probabilities.items()] for pair in encoded.pairs)
     return hash_of(
-        f"{pair.task} {sorted(pair.capabilities.items())} {table.key(row.chosen)} {table.key(row.rejected)} "
+        f"{pair.task} {sorted(known)} {table.key(row.chosen)} {table.key(row.rejected)} "
         f"{table.texts[row.chosen].prompt_length} {table.texts[row.rejected].prompt_length} {row[2:]}"
-        for pair, row in zip(encoded.pairs, encoded.rows, strict=True)
+        for pair, known, row in zip(encoded.pairs, labels, encoded.rows, strict=True)
     )
 
 
