@@ -108,7 +108,8 @@ def test_faults_and_a_kill_cost_nothing_twice_and_change_nothing(tmp_path):
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "clean.jsonl").read_bytes()
 
 
-def test_ctrl_c_waits_for_the_calls_under_way_and_goes_on_later(tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_waits_for_the_calls_under_way_and_goes_on_later(tmp_path, processes):
     write_input(tmp_path, 100)
 
     def slow(request: dict):
@@ -117,7 +118,7 @@ def test_ctrl_c_waits_for_the_calls_under_way_and_goes_on_later(tmp_path):
         return response
 
     with JudgeServer(slow) as server:
-        stopped = start(tmp_path, "out.jsonl", server.url)
+        stopped = start(tmp_path, "out.jsonl", server.url, "--processes", str(processes))
         while len(server.requests) < 40:
             time.sleep(0.01)
             assert stopped.poll() is None

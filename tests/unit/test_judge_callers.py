@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -116,6 +117,35 @@ def test_a_caller_that_dies_is_a_sentence_for_its_calls_and_for_later_ones():
         found = asyncio.run(run(server))
     assert [type(one) for one in found] == [PrefmoeError] * 3
     assert all("a process that makes the calls has ended by itself" in str(one) for one in found)
+
+
+def test_callers_end_when_the_one_that_asks_is_killed(tmp_path):
+    """Their pipe is closed then, whatever was under way."""
+    slow = completion("1")
+    slow.delay = 30.0
+    with JudgeServer(lambda _: slow) as server:
+        asks = f"""
+import asyncio
+from judge_helpers import question, settings
+from prefmoe.labeling.judge.callers import open_callers
+
+async def run():
+    async with open_callers(settings(base_url={server.url!r}, processes=2)) as asked:
+        await asyncio.gather(*(asked.ask(question(name)) for name in "ab"))
+
+asyncio.run(run())
+"""
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        asking = psutil.Popen([sys.executable, "-c", asks], env=environment)
+        while len(server.requests) < 2:
+            assert asking.poll() is None
+            time.sleep(0.01)
+        callers = asking.children()
+        asking.kill()
+        asking.wait()
+        _, alive = psutil.wait_procs(callers, timeout=20)
+    assert len(callers) == 2
+    assert alive == []
 
 
 def test_a_missing_key_is_found_before_any_process_starts(monkeypatch):
