@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prefmoe.evaluation.accuracy import bootstrap_interval, pair_hits, paired_bootstrap
+from prefmoe.evaluation.accuracy import bootstrap_interval, pair_hits, paired_bootstrap, standard_error
 from prefmoe.evaluation.best_of_n import best_of_n
 from prefmoe.evaluation.contrast import contrast_consistency
 from reference import accuracy as slow_accuracy
@@ -47,6 +47,13 @@ def test_the_paired_interval_over_prompts_equals_the_slow_one():
     draws = draws_like(rows, seed=9, num_resamples=80)
     fast = paired_bootstrap(hits_a, hits_b, seed=9, num_resamples=80, prompt_ids=prompts)
     assert (fast.low, fast.high) == pytest.approx(slow_accuracy.bootstrap(rows, draws, 0.95), abs=1e-12)
+
+
+@pytest.mark.parametrize("prompts", [list("xyxzzzw"), list("abcdefg"), list("aaaaaaa")])
+def test_the_standard_error_equals_the_slow_one(prompts):
+    values = np.random.default_rng(6).normal(size=7)
+    slow = slow_accuracy.standard_error(list(zip(prompts, values.tolist(), strict=True)))
+    assert standard_error(values, prompt_ids=prompts) == pytest.approx(slow, rel=1e-12)
 
 
 @pytest.mark.parametrize("n", range(1, 8))

@@ -38,3 +38,14 @@ def bootstrap(tasks, draws, level):
             task_means.append(mean(values))
         resampled.append(mean(task_means))
     return percentile(resampled, (1 - level) / 2), percentile(resampled, (1 + level) / 2)
+
+
+def standard_error(rows):
+    """Of the mean of rows [(prompt, value), ...], whose prompts were drawn one by one."""
+    center = mean([value for _, value in rows])
+    prompts = sorted({prompt for prompt, _ in rows})
+    if len(prompts) < 2:
+        return math.inf
+    sums = [math.fsum(value - center for prompt, value in rows if prompt == wanted) for wanted in prompts]
+    spread = math.fsum(total**2 for total in sums) * len(prompts) / (len(prompts) - 1)
+    return math.sqrt(spread) / len(rows)

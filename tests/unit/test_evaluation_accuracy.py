@@ -12,6 +12,7 @@ from prefmoe.evaluation.accuracy import (
     pair_hits,
     paired_bootstrap,
     pairwise_accuracy,
+    standard_error,
 )
 from prefmoe.evaluation.best_of_n import BestOfNCurve, best_of_n, curve, kl_best_of_n
 from prefmoe.evaluation.contrast import contrast_consistency
@@ -50,6 +51,19 @@ def test_a_prompt_with_many_pairs_widens_the_interval():
     alone = bootstrap_interval(hits, seed=0)
     together = bootstrap_interval(hits, seed=0, prompt_ids=[str(i // 25) for i in range(100)])
     assert together.high - together.low > 2 * (alone.high - alone.low)
+
+
+def test_the_standard_error_is_the_spread_of_the_bootstrap():
+    values = np.random.default_rng(0).normal(size=400)
+    interval = bootstrap_interval(values, seed=0)
+    assert standard_error(values) == pytest.approx((interval.high - interval.low) / 3.92, rel=0.06)
+
+
+def test_pairs_of_a_prompt_count_as_one_draw():
+    values = np.random.default_rng(1).normal(size=40)
+    prompts = [f"{i}" for i in range(40)] * 3
+    assert standard_error(np.tile(values, 3), prompt_ids=prompts) == pytest.approx(standard_error(values))
+    assert standard_error([1.0, 0.0, 1.0], prompt_ids=["a"] * 3) == math.inf
 
 
 @pytest.mark.parametrize(

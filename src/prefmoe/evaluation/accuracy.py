@@ -96,6 +96,33 @@ def bootstrap_interval(
     return _percentiles(float(row.mean()), means, level)
 
 
+def standard_error(values: ArrayLike, *, prompt_ids: Sequence[str] | None = None) -> float:
+    """Standard error of the mean of the values, in their unit; infinite where there is only one prompt.
+
+    Pairs of one prompt count as one draw, as in `bootstrap_interval`.
+
+    Args:
+        values: Hits of pairs, differences of hits, or any number a row, shape (rows,).
+        prompt_ids: The prompt of each row. None means every row has its own.
+
+    Raises:
+        DataError: no values, or one is not finite.
+        ShapeError: not one prompt id a value.
+
+    Source:
+        The usual one of a mean over clusters (Liang and Zeger 1986). Slow form: tests/reference/accuracy.py.
+
+    Example:
+        >>> standard_error([0.0, 1.0]), standard_error([0.0, 1.0], prompt_ids=["a", "a"])
+        (0.5, inf)
+    """
+    row = checked_row(values, "values")
+    sums, _ = _prompt_totals(row - row.mean(), prompt_ids)
+    if len(sums) < 2:
+        return float("inf")
+    return float(np.sqrt(np.square(sums).sum() * len(sums) / (len(sums) - 1)) / len(row))
+
+
 def paired_bootstrap(
     hits_a: Mapping[str, ArrayLike],
     hits_b: Mapping[str, ArrayLike],
@@ -198,7 +225,7 @@ def _prompt_totals(values: Floats, prompt_ids: Sequence[str] | None) -> tuple[Fl
     """Sum of the values of each prompt, and how many there are; each of shape (prompts,)."""
     if prompt_ids is None:
         return values, np.ones(len(values))
-    _check_same_length(prompt_ids, len(values), "bootstrap: prompt_ids")
+    _check_same_length(prompt_ids, len(values), "prompt_ids")
     _, prompts = np.unique(np.asarray(prompt_ids, dtype=np.str_), return_inverse=True)
     sums: Floats = np.bincount(prompts, weights=values).astype(np.float64)
     return sums, np.bincount(prompts).astype(np.float64)

@@ -1,8 +1,9 @@
 """Phase 3: from the experts' states to one reward, fitted on pairs that the experts never saw."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from prefmoe.nn import (
     build_aggregator,
     fit_bradley_terry,
 )
-from prefmoe.reward.convex import columns, fit_by_cross_validation
+from prefmoe.reward.convex import columns, fit_by_cross_validation, prompt_folds
 from prefmoe.reward.settings import Phase3Settings
 from prefmoe.reward.texts import PairRow
 
@@ -106,7 +107,6 @@ def join_features(parts: Sequence[ExpertFeatures]) -> ExpertFeatures:
 def fit_aggregator(
     kind: AggregatorKind,
     features: ExpertFeatures,
-    validation: ExpertFeatures,
     head: Tensor,
     *,
     settings: Phase3Settings,
@@ -120,7 +120,6 @@ def fit_aggregator(
     Args:
         kind: Which.
         features: Pairs that the experts did not train on.
-        validation: For the MLP's early stopping.
         head: Weights of the task adapter's head in standardized units, shape (hidden,).
         settings: Of phase 3.
         seed: Of the MLP.
@@ -131,7 +130,7 @@ def fit_aggregator(
     if kind == "task_head" or not len(features.rows):
         return aggregator
     if kind == "mlp":
-        return _train_mlp(aggregator, features, validation, settings, seed=seed)
+        return _fit_mlp(aggregator, features, settings, seed=seed)
     weight, label = columns(features.rows)
     scores = features.scores[:, 0] - features.scores[:, 1]
     # How many nats one unit of the task head is worth, so that the pull starts from a calibrated reward.
@@ -151,19 +150,28 @@ def fit_aggregator(
     return aggregator
 
 
-def _train_mlp(
-    aggregator: nn.Module,
-    features: ExpertFeatures,
-    validation: ExpertFeatures,
-    settings: Phase3Settings,
-    *,
-    seed: int,
-) -> nn.Module:
-    """The paper's MLP by AdamW on cached features; the epoch with the best validation accuracy is kept."""
+def _fit_mlp(start: nn.Module, features: ExpertFeatures, settings: Phase3Settings, *, seed: int) -> nn.Module:
+    """The paper's MLP, trained for as many epochs as were best on a third of the prompts kept from a first try.
+
+    Not on validation pairs: those have to judge it beside the other kinds.
+    """
+    num_epochs = settings.mlp_epochs
+    if folds := prompt_folds(features.rows):
+        held_out = features.part(folds[0])
+        tries = _mlp_epochs(start, features.part(~folds[0]), settings, seed=seed)
+        accuracies = [held_out.accuracy(aggregator) for aggregator in tries]
+        num_epochs = 1 + accuracies.index(max(accuracies))
+    return next(islice(_mlp_epochs(start, features, settings, seed=seed), num_epochs - 1, None))
+
+
+def _mlp_epochs(
+    start: nn.Module, features: ExpertFeatures, settings: Phase3Settings, *, seed: int
+) -> Iterator[nn.Module]:
+    """A copy of `start` after each epoch of AdamW on cached features; the same module every time."""
+    aggregator = copy.deepcopy(start)
     weight, label = columns(features.rows)
     optimizer = torch.optim.AdamW(aggregator.parameters(), lr=settings.mlp_learning_rate, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
-    best, best_accuracy = copy.deepcopy(aggregator), -1.0
     for _ in range(settings.mlp_epochs):
         for part in torch.randperm(len(features.rows), generator=generator).split(64):
             batch = ExpertFeatures(features.states[part], features.scores[part], (), features.units)
@@ -174,7 +182,4 @@ def _train_mlp(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        accuracy = validation.accuracy(aggregator)
-        if accuracy > best_accuracy:
-            best, best_accuracy = copy.deepcopy(aggregator), accuracy
-    return best
+        yield aggregator

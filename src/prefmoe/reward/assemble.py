@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prefmoe.nn import AggregatorKind, TaskRouter
-from prefmoe.reward.aggregator_choice import Candidates, best_aggregators, fit_candidates
+from prefmoe.reward.aggregator_choice import Candidates, best_aggregator, fit_candidates
 from prefmoe.reward.aggregators import ExpertFeatures, join_features, standardized
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.experts import Experts, ExpertState
@@ -120,7 +120,7 @@ def choose_aggregators(
 ) -> dict[str, TaskAggregator]:
     """Phase 3: fits every kind of aggregator for every task on what the folds kept back, and keeps the best.
 
-    What speaks for a kind are its cross-validated hits on the pairs kept back.
+    What speaks for a kind are its cross-validated hits on the pairs kept back and its hits on the validation pairs.
 
     Args:
         bench: What is worked on.
@@ -155,10 +155,9 @@ def choose_aggregators(
                 seed=bench.settings.seed,
             )
             advance(1)
-    kinds = best_aggregators({task: fitted.hits for task, fitted in candidates.items() if fitted.hits})
     chosen: dict[str, TaskAggregator] = {}
     for task, fitted in candidates.items():
-        kind = kinds.get(task, "task_head")
+        kind: AggregatorKind = best_aggregator(fitted.hits, fitted.prompts) if fitted.hits else "task_head"
         chosen[task] = TaskAggregator(kind, fitted.modules[kind])
         accuracy = {f"accuracy/{name}": value for name, value in fitted.validation.items()}
         evidence = {f"evidence/{name}": hits.mean().item() for name, hits in fitted.hits.items()}
