@@ -4,6 +4,7 @@
     ├── ConfigError(ValueError)        a setting that cannot work        exit code 4
     ├── DataError(ValueError)          rows or texts that cannot be used exit code 3
     ├── CheckpointError(RuntimeError)  a saved model that cannot be used exit code 5
+    ├── OutputError(RuntimeError)      a file that cannot be written     exit code 5
     └── ShapeError(ValueError)         tensors that do not fit           exit code 1
 
 A message is one sentence, or two: where, what is wrong, what was got, what was expected, what to do.
@@ -46,6 +47,12 @@ class DataError(PrefmoeError, ValueError):
 
 class CheckpointError(PrefmoeError, RuntimeError):
     """A saved model that is damaged, incomplete or does not belong to what it is loaded with."""
+
+    exit_code = 5
+
+
+class OutputError(PrefmoeError, RuntimeError):
+    """A file that cannot be written, as on a full disk; what was there before is still there."""
 
     exit_code = 5
 

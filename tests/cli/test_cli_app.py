@@ -14,6 +14,7 @@ from prefmoe.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    OutputError,
     PrefmoeError,
     PrefmoeWarning,
     ShapeError,
@@ -39,11 +40,12 @@ def raising(error):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (PrefmoeError("disk full"), 1),
+        (PrefmoeError("the judge failed"), 1),
         (ShapeError("2 rows"), 1),
         (DataError("empty", "a.jsonl", 3), 3),
         (ConfigError("phase1.epoch: unknown key"), 4),
         (CheckpointError("cut short"), 5),
+        (OutputError("disk full"), 5),
     ],
 )
 def test_our_errors_are_one_line_and_an_exit_code(error, code):

@@ -208,7 +208,7 @@ def test_a_full_disk_keeps_what_was_scored(scored, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module.os, "fsync", full)
         result = run_cli(*arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 5
     assert "No space left on device; the same command goes on once it can" in result.stderr
     assert arguments[-1].read_bytes().startswith(before)
     assert run_cli(*arguments).exit_code == 0

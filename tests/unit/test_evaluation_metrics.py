@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from prefmoe.errors import ConfigError, DataError, PrefmoeError, ShapeError
+from prefmoe.errors import ConfigError, DataError, OutputError, ShapeError
 from prefmoe.evaluation.metrics import build_metrics, read_metrics, write_metrics
 
 MARGINS = {
@@ -74,7 +74,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        PrefmoeError, match=r"metrics\.json: could not be written; No space left on device; free"
+        OutputError, match=r"metrics\.json: could not be written; No space left on device; free"
     ):
         write_metrics(build_metrics(MARGINS, router_accuracy=1.0), path)
     assert path.read_bytes() == before
@@ -82,7 +82,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(PrefmoeError, match=r"nowhere/m\.json: could not be written; No such file"):
+    with pytest.raises(OutputError, match=r"nowhere/m\.json: could not be written; No such file"):
         write_metrics(build_metrics(MARGINS), tmp_path / "nowhere" / "m.json")
 
 

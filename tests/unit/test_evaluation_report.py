@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from made_up_run import TASKS, made_up_pair, write_made_up_run
-from prefmoe.errors import DataError, PrefmoeError
+from prefmoe.errors import DataError, OutputError
 from prefmoe.evaluation.report import build_report
 from prefmoe.evaluation.run_folder import FILES, read_run, scored_pair, write_run_file
 from prefmoe.records import Message, PreferencePair, RewardReport
@@ -226,7 +226,7 @@ def test_a_folder_that_is_none_or_holds_nothing(tmp_path):
 def test_a_report_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     (tmp_path / "report.html").mkdir()
-    with pytest.raises(PrefmoeError, match=r"report\.html: could not be written; Is a directory; free space"):
+    with pytest.raises(OutputError, match=r"report\.html: could not be written; Is a directory; free space"):
         build_report(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "report.html"}
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from judge_helpers import interview, pair, question
-from prefmoe.errors import DataError, PrefmoeError
+from prefmoe.errors import DataError, OutputError, PrefmoeError
 from prefmoe.labeling.judge.answers import Answer
 from prefmoe.labeling.judge.store import AnswerStore, Call, default_store
 
@@ -122,7 +122,7 @@ def test_a_store_of_another_format_is_refused(tmp_path):
 
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(PrefmoeError, match="the store cannot be made; .*; choose another --store"):
+    with pytest.raises(OutputError, match="the store cannot be made; .*; choose another --store"):
         AnswerStore(tmp_path / "file" / "s.sqlite")
-    with pytest.raises(PrefmoeError, match="the store cannot be used"):
+    with pytest.raises(OutputError, match="the store cannot be used"):
         AnswerStore(tmp_path)

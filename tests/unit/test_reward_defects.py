@@ -3,6 +3,8 @@
 The others are tested where they belong: splits and labels with the data, selection and resuming with the training.
 """
 
+import gc
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,11 +12,13 @@ from torch.nn import functional as F
 from prefmoe.data.render import Encoded
 from prefmoe.evaluation.accuracy import pairwise_accuracy
 from prefmoe.nn import TaskRouter, bradley_terry_loss
+from prefmoe.reward.batches import PairCollator
 from prefmoe.reward.features import pooled_states
 from prefmoe.reward.model import DMoERMForSequenceClassification
 from prefmoe.reward.texts import TextTable
 from prefmoe.reward.trunk import Trunk
 from tiny import TASKS, tiny_backbone, tiny_reward_model
+from tiny_run import tiny_bench, tiny_settings
 
 IDS = torch.randint(7, 300, (4, 8), generator=torch.Generator().manual_seed(1))
 
@@ -115,3 +119,24 @@ def test_defect_16_more_experts_nest_nothing_and_store_no_backbone(tmp_path, num
     )
     size = (tmp_path / "model.safetensors").stat().st_size
     assert size < (num_capabilities + 1) * per_expert * 1.1 + 10_000
+
+
+def tensors_on(device):
+    """Tensors that somebody still holds, by address."""
+    gc.collect()
+    found = (thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter))
+    return {id(tensor) for tensor in found if tensor.device.type == device}
+
+
+def test_defect_17_only_the_batch_at_hand_lies_on_the_device_of_the_backbone(tmp_path):
+    """The meta device plays the GPU: a million pairs must take no more of its memory than one batch does."""
+    bench = tiny_bench(tiny_settings(tmp_path))
+    bench.backbone.to("meta")
+    before = tensors_on("meta")
+    collator = PairCollator(bench.trunk)
+    for first in range(0, len(bench.train.rows), 8):
+        batch = collator([(0, row) for row in bench.train.rows[first : first + 8]])
+        assert batch["trunk"].device.type == "meta"
+        assert len(tensors_on("meta") - before) <= len(batch)
+    del batch
+    assert tensors_on("meta") == before

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefmoe.errors import CheckpointError, ConfigError, DataError
+from prefmoe.errors import CheckpointError, ConfigError, DataError, OutputError
 from prefmoe.evaluation.run_folder import read_run
 from prefmoe.runs.run import Run
 from tiny_run import tiny_bench, tiny_settings
@@ -81,6 +81,13 @@ def test_a_line_cut_by_a_kill_does_not_spoil_the_next(tmp_path: Path) -> None:
         file.write('{"step": 2, "pha')
     Run(tiny_settings(tmp_path)).log("phase1", {"step": 3})
     assert [line.step for line in read_run(tmp_path).log] == [1, 3]
+
+
+def test_a_full_disk_while_a_line_is_logged_is_named(tmp_path: Path) -> None:
+    run = Run(tiny_settings(tmp_path))
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=r"metrics\.jsonl: could not be written; No space left on device"):
+        run.log("phase1", {"step": 1})
 
 
 def test_seconds_add_up_over_sittings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

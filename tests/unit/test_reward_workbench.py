@@ -65,6 +65,18 @@ def test_an_empty_training_file(tmp_path: Path) -> None:
         read_splits(DataSettings(train=str(file)))
 
 
+def test_a_task_whose_training_pairs_all_have_weight_0_is_refused(tmp_path: Path) -> None:
+    splits = planted_splits()
+    of_hot = [replace(p, weight=0.0) if p.task == "hot" else p for p in splits["train"]]
+    with pytest.raises(DataError, match="^all training pairs of 'hot' have weight 0, .*above 0 or drop"):
+        tiny_bench(tiny_settings(tmp_path), pairs=splits | {"train": of_hot})
+    of_all = [replace(pair, weight=0.0) for pair in splits["train"]]
+    with pytest.raises(DataError, match="all training pairs of 'cold', 'hot' have weight 0"):
+        tiny_bench(tiny_settings(tmp_path), pairs=splits | {"train": of_all})
+    one_left = [replace(p, weight=0.0) if p.task == "hot" else p for p in splits["train"][:-1]]
+    tiny_bench(tiny_settings(tmp_path), pairs=splits | {"train": [*one_left, splits["train"][-1]]})
+
+
 def test_a_limit_keeps_so_many_pairs_of_every_task_in_their_order() -> None:
     pairs = planted_pairs(20, split="train") + planted_pairs(3, split="more", tasks=["hot"])
     drawn = draw_per_task(pairs, 6, 0)

@@ -50,7 +50,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes the whole file or nothing: after a crash or a full disk the old file is still there.
 
     Raises:
-        PrefmoeError: the folder is missing or cannot be written to, or the disk is full.
+        OutputError: the folder is missing or cannot be written to, or the disk is full.
     """
     write_parts(path, [text])
 

@@ -149,7 +149,7 @@ def write_run_file(path: Path, content: BaseModel | Mapping[str, BaseModel] | Se
     """Writes one of the JSON files above, whole or not at all.
 
     Raises:
-        PrefmoeError: the file cannot be written.
+        OutputError: the file cannot be written.
     """
     write_text(path, TypeAdapter(Any).dump_json(content, indent=1).decode() + "\n")
 

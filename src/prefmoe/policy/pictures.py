@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
+from prefmoe.data.write import writing
 from prefmoe.policy.config import EMPTY
 from prefmoe.policy.inspect import RoutingTable
 
@@ -38,7 +39,8 @@ def draw_routing(table: RoutingTable, file: Path) -> None:
         axes.set_ylim(0, 1)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[-1].legend(frameon=False, fontsize=9)
-    figure.savefig(file, dpi=130, metadata={"Software": None})
+    with writing(file):
+        figure.savefig(file, dpi=130, metadata={"Software": None})
 
 
 def draw_steering(curves: Mapping[str, Sequence["SteeringPoint"]], file: Path) -> None:
@@ -57,4 +59,5 @@ def draw_steering(curves: Mapping[str, Sequence["SteeringPoint"]], file: Path) -
         axes.set_ylabel("mean margin on its test pairs")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[-1].legend(frameon=False, fontsize=9)
-    figure.savefig(file, dpi=130, metadata={"Software": None})
+    with writing(file):
+        figure.savefig(file, dpi=130, metadata={"Software": None})

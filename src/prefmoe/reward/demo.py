@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from prefmoe.data.world import World, WorldCompletion
+from prefmoe.data.write import writing
 from prefmoe.evaluation.best_of_n import BestOfNCurve, curve
 from prefmoe.evaluation.metrics import Metrics
 from prefmoe.evaluation.pictures import best_of_n_curves as best_of_n_picture
@@ -92,7 +93,8 @@ def run_demo(out: Path, *, size: DemoSize = FULL, seed: int = 0, progress: Progr
         curves = best_of_n_curves(bench, models, completions, size.best_of_n)
     write_run_file(out / "best_of_n.json", curves)
     picture = out / "best_of_n.png"
-    picture.write_bytes(best_of_n_picture(curves).png)
+    with writing(picture):
+        picture.write_bytes(best_of_n_picture(curves).png)
     return DemoResult(evaluate_models(bench, models), picture, build_report(out))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmoe.data.read import read_completions
-from prefmoe.errors import ConfigError, PrefmoeError
+from prefmoe.errors import ConfigError, OutputError
 from prefmoe.evaluation.files import write_text
 from prefmoe.nn import RoutingMode
 from prefmoe.records import Completion, RewardReport
@@ -58,7 +58,7 @@ def score_file(
         DataError: completions that cannot be used; the batches before them are kept.
         ConfigError: `out` holds something else.
         CheckpointError: the model cannot be used.
-        PrefmoeError: `out` cannot be written.
+        OutputError: `out` cannot be written.
     """
     rows = read_completions(source, split="test")
     origin = {"model": _hash_of_model(model), "routing": routing, "completions": _hash_of_rows(rows)}
@@ -131,8 +131,8 @@ def _append(out: Path, reports: Sequence[RewardReport]) -> None:
         raise _not_writable(out, error) from error
 
 
-def _not_writable(out: Path, error: OSError) -> PrefmoeError:
-    return PrefmoeError(f"{out}: cannot be written; {error.strerror}; the same command goes on once it can")
+def _not_writable(out: Path, error: OSError) -> OutputError:
+    return OutputError(f"{out}: cannot be written; {error.strerror}; the same command goes on once it can")
 
 
 def _note(out: Path) -> Path:

@@ -194,6 +194,17 @@ def find_capabilities(pairs: list[PreferencePair], data: DataSettings) -> dict[s
     return {task: sorted(name for name, count in labels[task].items() if count) for task in sorted(labels)}
 
 
+def check_weights(pairs: list[PreferencePair]) -> None:
+    """Raises DataError that names the tasks whose training pairs all have weight 0: they would teach nothing."""
+    tasks = {str(pair.task) for pair in pairs}
+    idle = sorted(tasks - {str(pair.task) for pair in pairs if pair.weight > 0})
+    if idle:
+        raise DataError(
+            f"all training pairs of {', '.join(map(repr, idle))} have weight 0, so nothing can be learned from them; "
+            "give some a 'weight' above 0 or drop the pairs"
+        )
+
+
 def warn_of_small_tasks(splits: dict[str, list[PreferencePair]]) -> None:
     """A warning that names the tasks with hardly any training pairs, and those without validation pairs."""
     validation = Counter(str(pair.task) for pair in splits["validation"])

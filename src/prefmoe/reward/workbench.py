@@ -14,6 +14,7 @@ from prefmoe.reward.backbone import load_backbone
 from prefmoe.reward.experts import Experts
 from prefmoe.reward.settings import BackboneSettings, RewardSettings
 from prefmoe.reward.splits import (
+    check_weights,
     draw_per_task,
     find_capabilities,
     label_splits,
@@ -153,6 +154,7 @@ def _labelled_splits(
             "no pair is left to train on; give more of them, or a smaller data.validation_fraction"
         )
     splits["train"] = draw_per_task(undrawn, data.max_pairs_per_task, seed)
+    check_weights(splits["train"])
     splits["validation"] = draw_per_task(splits["validation"], data.max_validation_pairs_per_task, seed)
     splits = label_splits(splits, settings, progress=progress)
     capabilities = find_capabilities(splits["train"], data)

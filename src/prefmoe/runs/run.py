@@ -16,6 +16,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
+from prefmoe.data.write import writing
 from prefmoe.errors import CheckpointError, ConfigError, DataError
 from prefmoe.evaluation.files import write_text
 
@@ -154,7 +155,8 @@ class Run:
     def log(self, phase: str, values: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl."""
         if self.is_main:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            path = self.folder / "metrics.jsonl"
+            with writing(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": 0, "phase": phase, **values}) + "\n")
 
 

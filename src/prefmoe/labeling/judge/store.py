@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, cast
 
-from prefmoe.errors import DataError, PrefmoeError
+from prefmoe.errors import DataError, OutputError, PrefmoeError
 from prefmoe.labeling.judge.answers import Answer, Reason
 from prefmoe.labeling.judge.questions import Question
 
@@ -81,7 +81,7 @@ class AnswerStore:
 
     Raises:
         DataError: the file is no store, damaged, or of another version.
-        PrefmoeError: it cannot be opened or made.
+        OutputError: it cannot be opened or made.
     """
 
     def __init__(self, path: Path) -> None:
@@ -133,7 +133,7 @@ class AnswerStore:
         """Commits calls with their answers; when this returns they are on disk.
 
         Raises:
-            PrefmoeError: the disk is full or cannot be written to.
+            OutputError: the disk is full or cannot be written to.
         """
         with self._problems():
             self._database.execute("BEGIN IMMEDIATE")
@@ -219,7 +219,7 @@ class AnswerStore:
         try:
             yield
         except sqlite3.OperationalError as error:
-            raise PrefmoeError(
+            raise OutputError(
                 f"{self.path}: the store cannot be used ({error}); free space or choose another --store"
             ) from error
         except sqlite3.DatabaseError as error:
@@ -228,7 +228,7 @@ class AnswerStore:
                 self.path,
             ) from error
         except OSError as error:
-            raise PrefmoeError(
+            raise OutputError(
                 f"{self.path}: the store cannot be made; {error.strerror}; choose another --store"
             ) from error
 
