@@ -158,6 +158,17 @@ def test_truncation_is_counted_and_logged(tmp_path: Path) -> None:
     assert {line["split"]: line["truncated"] for line in lines} == {"train": 0, "validation": 0, "test": 1}
 
 
+def test_the_router_learns_from_prompts_cut_as_a_completion_cuts_them(tmp_path: Path) -> None:
+    splits = planted_splits()
+    long = replace(splits["train"][0], prompt=user("cold " + "".join(map(str, range(60)))))
+    bench = tiny_bench(tiny_settings(tmp_path), splits | {"train": [long, *splits["train"][1:]]})
+    assert bench.train.num_truncated == 1
+    prompts = [bench.table.texts[text].input_ids for text, _ in bench.prompts]
+    chosen = [bench.table.texts[row.chosen] for row in bench.train.rows]
+    assert prompts == [text.input_ids[: text.prompt_length] for text in chosen]
+    assert [task for _, task in bench.prompts] == [pair.task for pair in bench.train.pairs]
+
+
 def test_limits_of_the_settings_are_kept(tmp_path: Path) -> None:
     changes = {"max_pairs_per_task": 7, "max_validation_pairs_per_task": 3}
     bench = tiny_bench(tiny_settings(tmp_path, data=changes))

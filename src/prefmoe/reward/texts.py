@@ -47,6 +47,11 @@ class TextTable:
         return hashlib.blake2b(b",".join(b"%d" % i for i in ids), digest_size=12).hexdigest()
 
 
+def prompt_of(text: Encoded) -> Encoded:
+    """The prompt of a text, cut as it is there."""
+    return text._replace(input_ids=text.input_ids[: text.prompt_length])
+
+
 @dataclass(frozen=True)
 class EncodedPairs:
     """Pairs with their rows in a table.

@@ -22,7 +22,7 @@ from prefmoe.reward.splits import (
     warn_of_small_tasks,
     with_task,
 )
-from prefmoe.reward.texts import EncodedPairs, TextTable, encode_pairs
+from prefmoe.reward.texts import EncodedPairs, TextTable, encode_pairs, prompt_of
 from prefmoe.reward.trunk import Trunk
 from prefmoe.runs.inputs import hash_of, weights_hash
 from prefmoe.runs.precision import resolve_dtype
@@ -108,7 +108,7 @@ def build_workbench(
         backbone = _load_backbone(body)
     check_split_layer(settings.experts.split_layer, len(backbone.layers))
     if tokenizer is None:
-        tokenizer = _tokenizer_of_backbone(body.name)
+        tokenizer = tokenizer_of_backbone(body.name)
     run = Run(settings)
     renderer = Renderer(tokenizer, max_length=body.max_length)
     table = TextTable()
@@ -208,7 +208,8 @@ def _hash_of_pairs(encoded: EncodedPairs, table: TextTable) -> str:
     )
 
 
-def _tokenizer_of_backbone(name: str) -> PreTrainedTokenizerBase:
+def tokenizer_of_backbone(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that comes with a backbone; raises ConfigError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(resolve_backbone(name))
     except (OSError, ValueError) as problem:
@@ -228,11 +229,15 @@ def _check_positions(backbone: PreTrainedModel, max_length: int) -> None:
 def encode_prompts(
     pairs: list[PreferencePair], settings: RewardSettings, renderer: Renderer, table: TextTable
 ) -> list[tuple[int, str]]:
-    """Distinct prompts with their tasks, tokenized into a table."""
+    """Distinct prompts with their tasks, tokenized into a table: cut as they stand before their chosen completions.
+
+    A model never sees a prompt without a completion, which leaves a long prompt less room.
+    """
     distinct = list({prompt_hash(pair.prompt): pair for pair in pairs}.values())
     drawn = draw_per_task(distinct, settings.router.max_prompts_per_task, settings.seed)
     known = {pair.task for pair in pairs}
-    prompts = [(table.add(renderer.encode_prompt(pair.prompt)), str(pair.task)) for pair in drawn]
+    texts = [prompt_of(renderer.encode(pair.prompt, pair.chosen)) for pair in drawn]
+    prompts = [(table.add(text), str(pair.task)) for text, pair in zip(texts, drawn, strict=True)]
     return prompts if len(known) > 1 else prompts[:1]  # one task: nothing to tell apart
 
 
