@@ -1,8 +1,11 @@
 """Tiny random models, built from a config in milliseconds: no hub, no downloads."""
 
+from dataclasses import replace
+
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from prefmoe.nn import Packing
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.model import DMoERMForSequenceClassification
 
@@ -80,3 +83,8 @@ def tiny_reward_model(
         model.router.std.fill_(0.02)
         model.router.bias.zero_()
     return model.eval()
+
+
+def in_place(packing: Packing) -> Packing:
+    """The same tree over its own states: every node is its own number."""
+    return replace(packing, tokens=torch.arange(len(packing.tokens)))

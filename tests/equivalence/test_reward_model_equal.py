@@ -7,7 +7,7 @@ import torch
 from prefmoe.reward.backbone import TESTED_FAMILIES
 from prefmoe.reward.packing import pack_texts
 from reference import reward_model as slow
-from tiny import tiny_backbone, tiny_reward_model
+from tiny import in_place, tiny_backbone, tiny_reward_model
 
 LENGTHS = [44, 4, 7, 6]
 # The first is longer than the tokens that the router counts twice; the third has no completion: pooling falls back to
@@ -111,7 +111,8 @@ def test_an_expert_is_a_peft_adapter_with_the_same_weights():
             layer.lora_B["default"].weight.copy_(state[f"{site}.B"])
         theirs = adapter(ids, attention_mask=mask).last_hidden_state[:, -1]
         packing = pack_texts(ids.tolist(), hidden=32, owners=[expert])
-        ours = model.experts.states(model.backbone, model.trunk(packing), packing, torch.tensor([5]))
+        trunk = model.trunk(packing)
+        ours = model.experts.states(model.backbone, trunk, in_place(packing), torch.tensor([5]))
     torch.testing.assert_close(ours, theirs)
     assert not torch.allclose(ours, slow.states_of(tiny_backbone(), ids[0].tolist())[-1:])
 

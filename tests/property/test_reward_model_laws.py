@@ -8,7 +8,7 @@ from torch import nn
 
 from prefmoe.nn import bradley_terry_loss
 from prefmoe.reward.packing import pack_texts
-from tiny import tiny_reward_model
+from tiny import in_place, tiny_reward_model
 
 MODELS = {
     pooling: tiny_reward_model(
@@ -125,9 +125,9 @@ def test_at_the_start_every_expert_is_the_backbone_bit_for_bit():
     starts = torch.tensor([2, 2, 1])
     with torch.no_grad():
         trunk = model.trunk(packing)
-        adapted = model.experts.states(model.backbone, trunk, packing, starts)
+        adapted = model.experts.states(model.backbone, trunk, in_place(packing), starts)
         model.experts.detach()
-        alone = model.experts.states(model.backbone, trunk, packing, starts)
+        alone = model.experts.states(model.backbone, trunk, in_place(packing), starts)
     assert torch.equal(adapted, alone)
 
 

@@ -131,18 +131,23 @@ def run_layers(
         States of the same shape.
     """
     call = call or (lambda layer, rows, **kwargs: layer(rows, **kwargs))
-    if packing is not None:
-        plan = attention_plan(packing, states.device)
-        run = _packed_call(call, backbone.config, plan)
-        positions = packing.positions.to(states.device)
-        shared = _shared_arguments(backbone, states[None], positions[None], mask=None)
-        return _run(states[None], layers, run, shared, keep=not gradient_checkpointing)[0]
-    positions = torch.arange(states.shape[1], device=states.device)
-    mask = create_causal_mask(
-        config=backbone.config, inputs_embeds=states, attention_mask=None, past_key_values=None
-    )
+    mask = None
+    if packing is None:
+        positions = torch.arange(states.shape[1], device=states.device)
+        mask = create_causal_mask(
+            config=backbone.config, inputs_embeds=states, attention_mask=None, past_key_values=None
+        )
+    else:
+        states, positions = states[None], packing.positions.to(states.device)
+        call = _packed_call(call, backbone.config, attention_plan(packing, states.device))
     shared = _shared_arguments(backbone, states, positions[None], mask=mask)
-    return _run(states, layers, call, shared, keep=not gradient_checkpointing)
+    for layer in layers:
+        # The name is bound anew, so that the input of the first layer, too, is gone when the second one runs.
+        if gradient_checkpointing and torch.is_grad_enabled():
+            states = checkpoint(call, layer, states, use_reentrant=False, **shared)
+        else:
+            states = call(layer, states, **shared)
+    return states if packing is None else states[0]
 
 
 def _shared_arguments(
@@ -154,22 +159,6 @@ def _shared_arguments(
         "position_ids": positions,
         "position_embeddings": backbone.rotary_emb(states, position_ids=positions),
     }
-
-
-def _run(
-    states: Tensor,
-    layers: Iterable[nn.Module],
-    call: Callable[..., Tensor],
-    shared: dict[str, Any],
-    *,
-    keep: bool,
-) -> Tensor:
-    for layer in layers:
-        if keep or not torch.is_grad_enabled():
-            states = call(layer, states, **shared)
-        else:
-            states = checkpoint(call, layer, states, use_reentrant=False, **shared)
-    return states
 
 
 def _packed_call(

@@ -62,7 +62,9 @@ class ExpertHook:
                 dense_ids = self.experts.dense_ids[expert_ids]
                 what = what + self.experts.dense[self.site].select(rows, dense_ids)
             added.append(what.flatten(0, 1))
-        return output + torch.cat(added)
+        return output.add_(
+            added[0] if len(added) == 1 else torch.cat(added)
+        )  # in place: a copy would be the peak
 
 
 def _rows_of_experts(tokens: Tensor, spans: Spans) -> Iterator[tuple[Tensor, Tensor]]:
@@ -143,8 +145,8 @@ class Experts(nn.Module):
 
         Args:
             backbone: The one that the banks are attached to.
-            trunk: Output of the trunk, shape (nodes, hidden).
-            packing: Where the texts stand in it; the owners are experts.
+            trunk: States below the experts, shape (any number, hidden).
+            packing: Of the texts; its tokens are places in `trunk`, its owners experts.
             starts: First token of the completion of every text, shape (texts,).
 
         Returns:
@@ -157,7 +159,7 @@ class Experts(nn.Module):
 
         states = run_layers(
             backbone,
-            trunk,
+            trunk[packing.tokens.to(trunk.device)],  # bound to no name here: gone when the second layer runs
             backbone.layers[self.split_layer :],
             packing,
             call=call,

@@ -25,9 +25,8 @@ def expert_batch(trunk: Trunk, rows: Sequence[Row]) -> Batch:
     packing = pack_texts(
         [nodes[place[text]] for text, _ in rows], hidden=trunk.hidden, owners=[expert for _, expert in rows]
     )
-    device = below.trunk.device
     starts = below.starts[[place[text] for text, _ in rows]]
-    return Batch(below.trunk[packing.tokens.to(device)], packing, starts)
+    return Batch(below.trunk, packing, starts)
 
 
 @torch.no_grad()

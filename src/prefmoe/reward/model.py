@@ -227,15 +227,14 @@ class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
         """Pooled states (texts, experts of the task, hidden) of some texts of the packing."""
         nodes = packing.nodes()
         part = pack_texts([nodes[text] for text in texts], hidden=trunk.shape[1])
-        mine = trunk[part.tokens.to(trunk.device)]
         experts = self.config.experts_of(task)
-        size = memory_in_tokens(len(mine), int(part.lengths.sum()))
+        size = memory_in_tokens(len(part.tokens), int(part.lengths.sum()))
         at_once = len(experts) if max_tokens is None else max(1, max_tokens // size)
         states = []
         for first in range(0, len(experts), at_once):
             ids = experts[first : first + at_once]
             found = self.experts.states(
-                self.backbone, mine.repeat(len(ids), 1), part.copies(ids), starts[texts].repeat(len(ids))
+                self.backbone, trunk, part.copies(ids), starts[texts].repeat(len(ids))
             )
             states.append(found.unflatten(0, (len(ids), len(texts))))
         return torch.cat(states).transpose(0, 1)
