@@ -78,35 +78,30 @@ def test_copies_are_trees_of_their_own(drawn, owners):
         assert nodes == [[copy * len(packing.tokens) + node for node in row] for row in packing.nodes()]
         for text, row in zip(drawn[0], nodes, strict=True):
             assert copies.tokens[row].tolist() == text
-    assert len(attention_plan(copies).places) == len(copies.tokens)
+    assert sum(len(block.nodes) for block in attention_plan(copies)) == len(copies.tokens)
 
 
 @given(texts_and_owners, widths)
 def test_every_node_is_asked_for_once_and_sees_its_text_up_to_itself(drawn, hidden):
     packing = pack_texts(drawn[0], hidden=hidden, owners=drawn[1])
     plan = attention_plan(packing)
-    asked = torch.cat([block.queries.flatten() for block in plan.blocks])
-    assert asked[plan.places].tolist() == list(range(len(packing.tokens)))
+    assert sorted(torch.cat([block.nodes for block in plan]).tolist()) == list(range(len(packing.tokens)))
     beginnings = {tuple(nodes[: end + 1]) for nodes in packing.nodes() for end in range(len(nodes))}
-    seen = []
-    for block in plan.blocks:
-        for row in range(len(block.queries)):
-            for place in range(block.queries.shape[1]):
-                mask = (
-                    torch.arange(block.keys.shape[1]) <= place
-                    if block.mask is None
-                    else block.mask[row, 0, place]
-                )
-                seen.append(tuple(block.keys[row][mask].tolist()))
-    for node, place in enumerate(plan.places.tolist()):
-        assert seen[place] in beginnings
-        assert seen[place][-1] == node
+    for block in plan:
+        assert torch.equal(block.queries.flatten()[block.places], block.nodes)
+        texts, new = block.queries.shape
+        causal = (torch.arange(block.keys.shape[1]) <= torch.arange(new)[:, None]).expand(texts, 1, -1, -1)
+        masks = (causal if block.mask is None else block.mask)[:, 0].flatten(0, 1)
+        for node, place in zip(block.nodes.tolist(), block.places.tolist(), strict=True):
+            seen = tuple(block.keys[place // new][masks[place]].tolist())
+            assert seen in beginnings
+            assert seen[-1] == node
 
 
 @given(texts_and_owners, widths)
 def test_texts_of_one_call_are_of_similar_length(drawn, hidden):
     packing = pack_texts(drawn[0], hidden=hidden, owners=drawn[1])
-    padded = sum(block.queries.numel() for block in attention_plan(packing).blocks)
+    padded = sum(block.queries.numel() for block in attention_plan(packing))
     assert padded <= 2 * len(packing.tokens)
 
 

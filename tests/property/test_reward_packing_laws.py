@@ -64,7 +64,7 @@ def test_nothing_but_attention_sees_padding_and_that_little():
     nodes = sum(len(packing.tokens) for packing in packings)
     beginnings = {text.input_ids[: end + 1] for text in texts for end in range(len(text.input_ids))}
     assert len(beginnings) <= nodes <= 1.02 * len(beginnings)
-    asked = sum(block.queries.numel() for p in packings for block in attention_plan(p).blocks)
+    asked = sum(block.queries.numel() for p in packings for block in attention_plan(p))
     assert asked < 1.35 * nodes
 
 

@@ -80,42 +80,35 @@ class Block(NamedTuple):
         queries: The nodes that every text added, padded with its last one.
         keys: All nodes of every text, padded.
         mask: Which keys a query may see; None for whole texts, where that is "itself and what is before".
+        nodes: The nodes of `queries`, each once.
+        places: Where these stand in the flattened `queries`.
     """
 
     queries: Int[Tensor, "texts new"]
     keys: Int[Tensor, "texts seq"]
     mask: Bool[Tensor, "texts 1 new seq"] | None
+    nodes: Int[Tensor, " some"]
+    places: Int[Tensor, " some"]
 
 
-class AttentionPlan(NamedTuple):
-    """The calls of attention, and where every node's result stands in their flattened results."""
-
-    blocks: tuple[Block, ...]
-    places: Int[Tensor, " nodes"]
+AttentionPlan = tuple[Block, ...]
 
 
 def attention_plan(packing: Packing, device: torch.device | str = "cpu") -> AttentionPlan:
     """Blocks that together hold every node as a query once; those of one block differ in length by a factor of 2."""
     rows, lengths, shared = packing.rows, packing.lengths, packing.shared
-    places = torch.zeros(len(packing.tokens), dtype=torch.long)
-    blocks, first = [], 0
+    blocks = []
     for texts in _alike(shared.tolist(), (lengths - shared).tolist()):
         seq = int(lengths[texts].max())
         new = int((lengths - shared)[texts].max())
         steps = shared[texts, None] + torch.arange(new)
-        real = steps < lengths[texts, None]
         queries = rows[texts].gather(1, steps.minimum(lengths[texts, None] - 1))
-        places[queries[real]] = first + torch.arange(queries.numel()).view_as(queries)[real]
-        first += queries.numel()
         mask = (torch.arange(seq) <= steps[..., None])[:, None] if shared[texts].any() else None
-        blocks.append(
-            Block(
-                queries.to(device),
-                rows[texts, :seq].to(device),
-                None if mask is None else mask.to(device),
-            )
-        )
-    return AttentionPlan(tuple(blocks), places.to(device))
+        places = (steps < lengths[texts, None]).flatten().nonzero().squeeze(1)
+        nodes = queries.flatten()[places]
+        keys, mask = rows[texts, :seq].to(device), None if mask is None else mask.to(device)
+        blocks.append(Block(queries.to(device), keys, mask, nodes.to(device), places.to(device)))
+    return tuple(blocks)
 
 
 def packed_attention(
@@ -141,8 +134,9 @@ def packed_attention(
         Ours; the attention of a text is unchanged. Slow form: tests/reference/packing.py.
     """
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    results = [
-        F.scaled_dot_product_attention(
+    result = torch.empty_like(q)  # every node is a query of one block
+    for block in plan:
+        attended = F.scaled_dot_product_attention(
             _take(q, block.queries).transpose(1, 2),
             _take(k, block.keys).transpose(1, 2),
             _take(v, block.keys).transpose(1, 2),
@@ -150,10 +144,10 @@ def packed_attention(
             is_causal=block.mask is None,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
-        ).transpose(1, 2)
-        for block in plan.blocks
-    ]
-    return _take(torch.cat([result.flatten(0, 1) for result in results]), plan.places)[None]
+        )
+        by_place = attended.transpose(1, 2).flatten(0, 1)
+        result.index_copy_(0, block.nodes, _take(by_place, block.places))
+    return result[None]
 
 
 def saved_layer_tokens(shared: int, length: int, hidden: int) -> float:
