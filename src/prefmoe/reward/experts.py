@@ -169,7 +169,7 @@ class Experts(nn.Module):
         # Where a completion was cut away, the last token stands for it.
         starts = lengths - 1 if self.pooling == "last" else starts.minimum(lengths - 1)
         completions = packing.unpack(backbone.norm(states), starts)
-        return mean_tokens(completions, torch.zeros_like(starts), lengths - starts)
+        return mean_tokens(completions, torch.zeros_like(starts), lengths - starts).float()
 
     def scores(self, states: Tensor, expert_ids: Tensor) -> Tensor:
         """Score of every row by the head of its expert, float32, shape (rows,)."""
