@@ -10,7 +10,6 @@ stay in <out>, so a stopped benchmark goes on.
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -78,7 +77,7 @@ class Prompts:
         """Pooled states (rows, features)."""
         texts = [text for text, _ in rows]
         batches = [self.trunk.batch(texts[i : i + 64]) for i in range(0, len(texts), 64)]
-        return torch.cat([pooling(batch.trunk, batch.starts) for batch in batches])
+        return torch.cat([pooling(b.packing.unpack(b.trunk), b.starts) for b in batches])
 
     def labels(self, rows: Sequence[tuple[int, str]]) -> Tensor:
         """Tasks (rows,); -1 for one that was not trained."""
@@ -108,18 +107,19 @@ def tried(
     """A row of the table for every pooling and strength."""
     labels, truth = prompts.labels(prompts.train), prompts.labels(prompts.judged)
     fold = torch.arange(len(labels)) % _FOLDS
-    for name, l2 in product(POOLINGS, strengths):
-        inside, outside = (prompts.features(rows, POOLINGS[name]) for rows in (prompts.train, prompts.judged))
-        hits = hits_of(fitted(settings, inside, labels, len(prompts.tasks), l2), outside, truth)
-        crossed = [
-            hits_of(
-                fitted(settings, inside[fold != f], labels[fold != f], len(prompts.tasks), l2),
-                inside[fold == f],
-                labels[fold == f],
-            )
-            for f in range(_FOLDS)
-        ]
-        yield name, f"{l2:g}", interval(hits, prompts.ids), f"{torch.cat(crossed).mean():.4f}"
+    for name, pooling in POOLINGS.items():
+        inside, outside = (prompts.features(rows, pooling) for rows in (prompts.train, prompts.judged))
+        for l2 in strengths:
+            hits = hits_of(fitted(settings, inside, labels, len(prompts.tasks), l2), outside, truth)
+            crossed = [
+                hits_of(
+                    fitted(settings, inside[fold != f], labels[fold != f], len(prompts.tasks), l2),
+                    inside[fold == f],
+                    labels[fold == f],
+                )
+                for f in range(_FOLDS)
+            ]
+            yield name, f"{l2:g}", interval(hits, prompts.ids), f"{torch.cat(crossed).mean():.4f}"
 
 
 def hits_of(router: TaskRouter, features: Tensor, labels: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def interval(hits: Tensor, prompt_ids: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -145,7 +145,7 @@ def main() -> None:
         "--test", action="store_true", help="the config's settings on test pairs, nothing else"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/router-settings"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     settings = load_settings(arguments.config, arguments.set, out=arguments.out)
     prompts = Prompts(settings, "test" if arguments.test else "validation", arguments.out)
     if arguments.test:

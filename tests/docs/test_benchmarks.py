@@ -4,10 +4,15 @@ import json
 
 import cost_growth
 import pytest
+import router_settings
 import scoring_speed
 import time_shares
 import torch
 import training_speed
+import yaml
+
+from data_helpers import CHATML, byte_tokenizer, write_rows
+from tiny import tiny_backbone
 
 SMALL = ["--smoke", "--num-layers", "2", "--split-layer", "1"]
 
@@ -60,3 +65,34 @@ def test_time_shares_are_shares():
         assert sum(found.values()) == pytest.approx(1, abs=0.01)
         assert found["products of the backbone"] > 0
         assert found["products of the experts"] > 0
+
+
+def test_router_settings_tells_tasks_apart_whose_prompts_differ(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    tiny_backbone().save_pretrained(tmp_path / "backbone")
+    byte_tokenizer(CHATML).save_pretrained(tmp_path / "backbone")
+    for split, num in {"train": 24, "validation": 8, "test": 6}.items():
+        rows = [
+            {
+                "prompt": f"{sign * 9} {split[:2]} {i}",
+                "chosen": f"yes {i}",
+                "rejected": f"no {i}",
+                "task": task,
+            }
+            for i in range(num)
+            for task, sign in {"calm": ".", "loud": "!"}.items()
+        ]
+        write_rows(tmp_path / f"{split}.jsonl", rows)
+    config = {
+        "data": {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")},
+        "backbone": {"name": str(tmp_path / "backbone"), "max_length": 128},
+        "experts": {"split_layer": 2},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    options = [str(tmp_path / "config.yaml"), "--out", str(tmp_path / "out")]
+    router_settings.main([*options, "--l2", "0.01", "--test"])
+    assert capsys.readouterr().out.startswith("test: 1.0000")
+    router_settings.main([*options, "--l2", "0.01"])
+    table = capsys.readouterr().out
+    assert all(name in table for name in router_settings.POOLINGS)
+    assert table.count("1.0000 (") == len(router_settings.POOLINGS)

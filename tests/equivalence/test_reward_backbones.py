@@ -1,4 +1,4 @@
-"""Every supported family, run layer by layer as we run it, is its own transformers forward, bit for bit."""
+"""Every supported family, run layer by layer as we run it, is its own transformers forward."""
 
 import pytest
 import torch
@@ -7,14 +7,20 @@ from transformers import AutoModel
 from prefmoe.reward.backbone import TESTED_FAMILIES, cut_layers, embed, run_layers
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.model import DMoERMForSequenceClassification
+from prefmoe.reward.packing import pack_texts
 from tiny import tiny_backbone, tiny_reward_model
 
 TOKEN_IDS = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(1))
 
 
-def run(backbone, token_ids=TOKEN_IDS):
+def run(backbone, token_ids=TOKEN_IDS, split_layer=0):
+    """States of whole texts, by two calls with a split."""
+    packing = pack_texts(token_ids.tolist(), hidden=backbone.config.hidden_size)
     with torch.no_grad():
-        return backbone.norm(run_layers(backbone, embed(backbone, token_ids), backbone.layers))
+        states = embed(backbone, packing.tokens)
+        for layers in (backbone.layers[:split_layer], backbone.layers[split_layer:]):
+            states = run_layers(backbone, states, layers, packing)
+        return packing.unpack(backbone.norm(states))
 
 
 def forward(backbone, token_ids=TOKEN_IDS):
@@ -36,10 +42,7 @@ def test_layer_by_layer_is_the_familys_own_forward(family, dtype):
 def test_two_ranges_of_layers_are_one(family):
     """The trunk and what stands on it, one after the other, as the model runs them."""
     backbone = tiny_backbone(family)
-    with torch.no_grad():
-        trunk = run_layers(backbone, embed(backbone, TOKEN_IDS), backbone.layers[:3])
-        states = backbone.norm(run_layers(backbone, trunk, backbone.layers[3:]))
-    assert torch.equal(states, forward(backbone))
+    assert torch.equal(run(backbone, split_layer=3), run(backbone))
 
 
 @pytest.mark.parametrize("family", TESTED_FAMILIES)
@@ -65,11 +68,12 @@ def test_padding_behind_a_text_is_a_masked_forward_of_transformers(family):
     torch.testing.assert_close(run(backbone)[mask], theirs[mask])
 
 
-def test_eager_attention_gives_the_same_states():
+def test_what_attention_the_config_names_changes_nothing():
     backbone = tiny_backbone()
     expected = run(backbone)
     backbone.set_attn_implementation("eager")
-    torch.testing.assert_close(run(backbone), expected)
+    assert torch.equal(run(backbone), expected)
+    assert backbone.config._attn_implementation == "eager"
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
@@ -94,7 +98,7 @@ def test_a_backbone_cut_to_its_first_layers_is_those_layers():
     cut_layers(cut, 3)
     with torch.no_grad():
         third = whole(TOKEN_IDS, output_hidden_states=True).hidden_states[3]
-        assert torch.equal(run_layers(cut, embed(cut, TOKEN_IDS), cut.layers), third)
+        assert torch.equal(run(cut), cut.norm(third))
     assert AutoModel.from_config(cut.config).state_dict().keys() == cut.state_dict().keys()
 
 

@@ -205,6 +205,13 @@ def test_intervals_of_whole_clusters_are_wider():
     assert clustered_share([], [], seed=0) is None
 
 
+def test_a_share_of_all_or_none_still_leaves_doubt_by_the_number_of_clusters():
+    # Wilson by hand, 60 of 60: 1 - 1.96^2 / (60 + 1.96^2)
+    assert clustered_share([2] * 60, [2] * 60, seed=0) == pytest.approx((1.0, 0.93983, 1.0), abs=1e-5)
+    assert clustered_share([0] * 60, [2] * 60, seed=0) == pytest.approx((0.0, 0.0, 0.06017), abs=1e-5)
+    assert clustered_share([1, 0], [1, 0], seed=0).low == pytest.approx(1 - 1.96**2 / (1 + 1.96**2))
+
+
 def test_95_percent_intervals_hold_the_truth_about_95_times_in_100():
     rng = np.random.default_rng(0)
     held = 0

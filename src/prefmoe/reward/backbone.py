@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
 
 from prefmoe.errors import ConfigError
 from prefmoe.hub import SMOLLM2, WITHOUT_A_HUB, resolve_backbone
@@ -102,7 +101,7 @@ def cut_layers(model: PreTrainedModel, num_layers: int) -> None:
 
 
 def embed(backbone: PreTrainedModel, token_ids: Tensor) -> Tensor:
-    """States (batch, seq, hidden) below the first layer."""
+    """States below the first layer, shape (..., hidden)."""
     return backbone.embed_tokens(token_ids)
 
 
@@ -110,7 +109,7 @@ def run_layers(
     backbone: PreTrainedModel,
     states: Tensor,
     layers: Iterable[nn.Module],
-    packing: Packing | None = None,
+    packing: Packing,
     *,
     call: Callable[..., Tensor] | None = None,
     gradient_checkpointing: bool = False,
@@ -119,9 +118,7 @@ def run_layers(
 
     Args:
         backbone: Owner of the layers, their rotary embedding and their config.
-        states: Input of the first of the layers: of the nodes of a packing, shape (nodes, hidden); without one,
-            of rows with real tokens first and padding behind (causal attention then needs no mask), shape
-            (rows, seq, hidden).
+        states: Input of the first of the layers, shape (nodes, hidden).
         layers: Modules to run, in order.
         packing: Where texts stand in the states.
         call: How a layer is called, `call(layer, states, **kwargs)`; None calls it plainly.
@@ -130,35 +127,21 @@ def run_layers(
     Returns:
         States of the same shape.
     """
-    call = call or (lambda layer, rows, **kwargs: layer(rows, **kwargs))
-    mask = None
-    if packing is None:
-        positions = torch.arange(states.shape[1], device=states.device)
-        mask = create_causal_mask(
-            config=backbone.config, inputs_embeds=states, attention_mask=None, past_key_values=None
-        )
-    else:
-        states, positions = states[None], packing.positions.to(states.device)
-        call = _packed_call(call, backbone.config, attention_plan(packing, states.device))
-    shared = _shared_arguments(backbone, states, positions[None], mask=mask)
+    call = call or (lambda layer, row, **kwargs: layer(row, **kwargs))
+    call = _packed_call(call, backbone.config, attention_plan(packing, states.device))
+    states, positions = states[None], packing.positions.to(states.device)[None]
+    shared = {
+        "attention_mask": None,
+        "position_ids": positions,
+        "position_embeddings": backbone.rotary_emb(states, position_ids=positions),
+    }
     for layer in layers:
         # The name is bound anew, so that the input of the first layer, too, is gone when the second one runs.
         if gradient_checkpointing and torch.is_grad_enabled():
             states = checkpoint(call, layer, states, use_reentrant=False, **shared)
         else:
             states = call(layer, states, **shared)
-    return states if packing is None else states[0]
-
-
-def _shared_arguments(
-    backbone: PreTrainedModel, states: Tensor, positions: Tensor, *, mask: Tensor | None
-) -> dict[str, Any]:
-    """What every layer is given beside its states."""
-    return {
-        "attention_mask": mask,
-        "position_ids": positions,
-        "position_embeddings": backbone.rotary_emb(states, position_ids=positions),
-    }
+    return states[0]
 
 
 def _packed_call(

@@ -10,11 +10,12 @@ Floats = NDArray[np.float64]
 
 _RESAMPLES = 2000
 _LEVEL = 0.95
+_Z = 1.96  # its normal quantile
 _DRAWS_AT_ONCE = 200_000
 
 
 class Interval(NamedTuple):
-    """An estimate and the ends of its 95 % bootstrap interval."""
+    """An estimate and the ends of its 95 % interval."""
 
     value: float
     low: float
@@ -22,13 +23,21 @@ class Interval(NamedTuple):
 
 
 def clustered_share(hits: Sequence[float], totals: Sequence[float], *, seed: int) -> Interval | None:
-    """Sum of hits over sum of totals, each cluster giving one of both; None if nothing was counted."""
+    """Sum of hits over sum of totals, each cluster giving one of both; None if nothing was counted.
+
+    The interval is a bootstrap over clusters; where all hit or none does, every resample is the same, and it is
+    Wilson's (1927) for as many draws as there are clusters.
+    """
     counts = np.array([hits, totals], dtype=np.float64).T.reshape(-1, 2)
     if not counts[:, 1].sum():
         return None
-    return clustered_bootstrap(
+    found = clustered_bootstrap(
         counts, lambda sums: sums[..., 0] / np.maximum(sums[..., 1], 1e-300), seed=seed
     )
+    doubt = _Z**2 / (np.count_nonzero(counts[:, 1]) + _Z**2)
+    if found.value == 0.0:
+        return found._replace(high=doubt)
+    return found._replace(low=1.0 - doubt) if found.value == 1.0 else found
 
 
 def clustered_bootstrap(counts: Floats, statistic: Callable[[Floats], Floats], *, seed: int) -> Interval:
