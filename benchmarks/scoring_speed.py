@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
         result["loads"][name] = report(name, arguments, found, texts, len(backbone.layers)) | {
             "largest_difference_of_rewards": agreement
         }
+        write_result(result, arguments.out)  # a run that is stopped keeps the loads that it has measured
     result["memory"] = memory(arguments, backbone, peers[1])
     show(result["loads"], result["memory"])
     write_result(result, arguments.out)

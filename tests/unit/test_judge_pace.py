@@ -75,12 +75,16 @@ def test_everybody_waits_when_the_endpoint_asks_for_it():
 
 
 def test_nobody_waits_for_an_asking_that_is_over():
-    async def over(_):
+    naps = []
+
+    async def over(seconds):
+        naps.append(seconds)
         return True
 
     limit = RateLimit(clock=Clock(), sleep=over)
     limit.hold(7)
     asyncio.run(limit.wait(1))
+    assert naps == [7]  # and not again, though the clock stands still
 
 
 @pytest.mark.parametrize("attempt", range(12))
