@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from prefmoe.reward.backbone import load_backbone
+from prefmoe.backbone.layers import load_backbone
 from prefmoe.runs.precision import has_fast_bfloat16
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from prefmoe.backbone.layers import load_backbone
 from prefmoe.cli.progress import StepProgress
 from prefmoe.data.render import Renderer
 from prefmoe.data.split import prompt_hash
@@ -24,7 +25,6 @@ from prefmoe.evaluation.accuracy import bootstrap_interval
 from prefmoe.nn import TaskRouter, router_features
 from prefmoe.nn.pooling import mean_tokens
 from prefmoe.records import PreferencePair
-from prefmoe.reward.backbone import load_backbone
 from prefmoe.reward.settings import RewardSettings, load_settings
 from prefmoe.reward.splits import read_splits
 from prefmoe.reward.texts import TextTable, prompt_of

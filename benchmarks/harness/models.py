@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from prefmoe.backbone.layers import load_backbone
 from prefmoe.data.render import Encoded
-from prefmoe.reward.backbone import load_backbone
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.model import DMoERMForSequenceClassification
 from prefmoe.reward.score import score_texts

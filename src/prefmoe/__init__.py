@@ -15,6 +15,7 @@ if typing.TYPE_CHECKING:
     from prefmoe.data.read import read_completions, read_pairs
     from prefmoe.data.world import World
     from prefmoe.policy.config import PMoLConfig
+    from prefmoe.policy.shared_prompts import share_prompts
     from prefmoe.policy.trainers import PMoLDPOTrainer, connect_preferences
     from prefmoe.policy.tuner import PMoLModel
     from prefmoe.records import Completion, Message, PreferencePair, RewardReport
@@ -37,6 +38,7 @@ _HOMES = {
     "connect_preferences": "prefmoe.policy.trainers",
     "read_completions": "prefmoe.data.read",
     "read_pairs": "prefmoe.data.read",
+    "share_prompts": "prefmoe.policy.shared_prompts",
 }
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "connect_preferences",
     "read_completions",
     "read_pairs",
+    "share_prompts",
 ]
 
 

@@ -4,8 +4,8 @@ import peft
 import pytest
 import torch
 
-from prefmoe.reward.backbone import TESTED_FAMILIES
-from prefmoe.reward.packing import pack_texts
+from prefmoe.backbone.layers import TESTED_FAMILIES
+from prefmoe.backbone.packing import pack_texts
 from reference import reward_model as slow
 from tiny import in_place, tiny_backbone, tiny_reward_model
 

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefmoe.backbone.packing import pack_texts
 from prefmoe.nn import attention_plan, packed_attention, saved_layer_tokens
-from prefmoe.reward.packing import pack_texts
 from reference import packing as slow
 
 WIDE = 10**6  # attention costs nothing beside the tokens: whatever can be shared is

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from prefmoe.backbone.packing import pack_texts
 from prefmoe.nn import bradley_terry_loss
-from prefmoe.reward.packing import pack_texts
 from tiny import in_place, tiny_reward_model
 
 MODELS = {

@@ -1,4 +1,4 @@
-"""Slow twin of prefmoe.nn.packing and prefmoe.reward.packing: sets of prefixes, and attention a text and a token at a time."""
+"""Slow twin of prefmoe.nn.packing and prefmoe.backbone.packing: sets of prefixes, and attention a text and a token at a time."""
 
 import math
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from prefmoe.backbone.packing import pack_texts
 from prefmoe.errors import CheckpointError, ConfigError, ShapeError
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.experts import Experts, find_sites
 from prefmoe.reward.model import DMoERMForSequenceClassification, find_prompt_lengths
-from prefmoe.reward.packing import pack_texts
 from tiny import TASKS, tiny_backbone, tiny_reward_model
 
 IDS = torch.randint(7, 300, (4, 8), generator=torch.Generator().manual_seed(1))

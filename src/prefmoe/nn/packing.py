@@ -20,7 +20,7 @@ from prefmoe.shapes import States
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of some texts stand in a prefix tree; built by `prefmoe.reward.packing.pack_texts`.
+    """Where the tokens of some texts stand in a prefix tree; built by `prefmoe.backbone.packing.pack_texts`.
 
     Attributes:
         tokens: What every node is, shape (nodes,): a token id, or the place of a state elsewhere.

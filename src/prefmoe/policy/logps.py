@@ -1,14 +1,17 @@
 """Log-probabilities of completions under a language model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prefmoe.backbone.packing import packed_batches
+from prefmoe.data.render import Encoded
 from prefmoe.nn import pad_left
 from prefmoe.policy.pairs import Text
+from prefmoe.policy.shared_prompts import can_share, language_model_of, pack_rows, pass_over_tree
 from prefmoe.runs.progress import Progress, silent
 
 
@@ -25,12 +28,13 @@ def completion_logps(
 ) -> Tensor:
     """Log-probability of every completion given its prompt, summed over its tokens, nats.
 
-    Texts are batched by length; what they share a batch with changes nothing but rounding.
+    Texts that share a prompt run it once, where the model's family allows it, else texts are batched by length; what
+    they share a batch with changes nothing but rounding.
 
     Args:
         model: A causal language model of transformers, or one with an adapter.
         texts: Prompts with completions.
-        batch_tokens: Tokens of one forward pass, padding included.
+        batch_tokens: Tokens of one forward pass, padding included; what texts share counts once.
         routing_mask: Tell a PMoL adapter which tokens are the completion's, for its records.
         watch: Called after every batch with the numbers of its texts.
         progress: Shows how far it is.
@@ -42,19 +46,54 @@ def completion_logps(
     model.eval()
     logps = torch.zeros(len(texts))
     lengths = [len(text.prompt_ids) + len(text.completion_ids) for text in texts]
-    order = sorted(range(len(texts)), key=lambda i: -lengths[i])
+    shares = can_share(model, longest=max(lengths, default=0))
+    batches = _tree_batches if shares else _padded_batches
+    batch_logps = _tree_logps if shares else _padded_logps
     with progress(label, sum(lengths)) as advance:
-        while order:
-            size = max(1, batch_tokens // lengths[order[0]])
-            batch, order = order[:size], order[size:]
-            logps[batch] = _batch_logps(model, [texts[i] for i in batch], routing_mask=routing_mask)
+        for batch in batches(model, texts, batch_tokens):
+            logps[batch] = batch_logps(model, [texts[i] for i in batch], routing_mask=routing_mask)
             if watch is not None:
                 watch(batch)
             advance(sum(lengths[i] for i in batch))
     return logps
 
 
-def _batch_logps(model: nn.Module, texts: Sequence[Text], *, routing_mask: bool) -> Tensor:
+def _padded_batches(_: nn.Module, texts: Sequence[Text], max_tokens: int) -> Iterator[list[int]]:
+    lengths = [len(text.prompt_ids) + len(text.completion_ids) for text in texts]
+    order = sorted(range(len(texts)), key=lambda i: -lengths[i])
+    while order:
+        size = max(1, max_tokens // lengths[order[0]])
+        yield order[:size]
+        order = order[size:]
+
+
+def _tree_batches(model: nn.Module, texts: Sequence[Text], max_tokens: int) -> Iterator[list[int]]:
+    rows = [Encoded(text.prompt_ids + text.completion_ids, len(text.prompt_ids), 0) for text in texts]
+    return packed_batches(rows, max_tokens, hidden=language_model_of(model).config.hidden_size)
+
+
+def _tree_logps(model: nn.Module, texts: Sequence[Text], *, routing_mask: bool) -> Tensor:
+    device = next(model.parameters()).device
+    ids = [text.prompt_ids + text.completion_ids for text in texts]
+    spans = [(len(text.prompt_ids), len(row)) for text, row in zip(texts, ids, strict=True)]
+    packing = pack_rows(model, ids)
+    more: dict[str, Any] = {}
+    if routing_mask:
+        steps, ends = torch.arange(max(map(len, ids))), torch.tensor(spans)[:, :, None]
+        more["routing_mask"] = ((steps >= ends[:, 0]) & (steps < ends[:, 1])).float().to(device)
+    # The token before a completion's token predicts it.
+    kept = torch.cat([packing.rows[i, a - 1 : b - 1] for i, (a, b) in enumerate(spans)])
+    targets = torch.tensor([token for text in texts for token in text.completion_ids], device=device)
+    with pass_over_tree(model, packing, kept):
+        # What the ids are, only their shape counts: the model's hooks look at it.
+        ids_of_rows = torch.zeros(packing.rows.shape, dtype=torch.long, device=device)
+        logits = model(input_ids=ids_of_rows, use_cache=False, **more).logits[0]
+    of_tokens = -F.cross_entropy(logits.float(), targets, reduction="none")
+    sizes = [b - a for a, b in spans]
+    return torch.stack([part.sum() for part in of_tokens.split(sizes)]).cpu()
+
+
+def _padded_logps(model: nn.Module, texts: Sequence[Text], *, routing_mask: bool) -> Tensor:
     device = next(model.parameters()).device
     rows = [torch.tensor(text.prompt_ids + text.completion_ids) for text in texts]
     input_ids, mask = (tensor.to(device) for tensor in pad_left(rows))

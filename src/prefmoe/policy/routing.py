@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from prefmoe.errors import ShapeError
 from prefmoe.nn import (
     ExpertGroups,
+    Packing,
     empty_mass_penalty,
     group_hinge_loss,
     group_log_masses,
@@ -57,9 +58,10 @@ Listener = Callable[[Sequence[RouterRecord], RoutedBatch], None]
 
 @dataclass
 class _Pass:
-    """One forward pass."""
+    """One forward pass; with a packing its tokens are the nodes of a prefix tree."""
 
     batch: RoutedBatch | None = None
+    packing: Packing | None = None
     is_open: bool = False
     records: list[RouterRecord] = field(default_factory=list)
 
@@ -129,6 +131,14 @@ class AdapterRouting:
 
         return end
 
+    def share(self, packing: Packing) -> None:
+        """Says that the texts of the current pass share prompts (`prefmoe.policy.shared_prompts`).
+
+        Routers then see one row of nodes; losses and records see the texts again.
+        """
+        if self._pass.is_open:  # else it is the pass of a reference, and the one before keeps its own
+            self._pass.packing = packing
+
     def follow(self, block: str, x: Tensor) -> Tensor:
         """Weights that the router of a block decided for these tokens."""
         weights = self._decisions.get(block)
@@ -168,16 +178,19 @@ class AdapterRouting:
             log_factors=self._factors_for(logits),
         )
         batch = self._pass.batch
+        by_text, weights_by_text = self._by_text(logits), self._by_text(weights)
         # Elsewhere (text being generated, a pass that did not come through PMoLModel) nothing is known of the tokens.
-        if batch is not None and batch.mask.shape == logits.shape[:-1]:
+        if batch is not None and batch.mask.shape == by_text.shape[:-1]:
             is_heard = bool(self.listeners) and self._pass.is_open
             group_loss = None
             if training and torch.is_grad_enabled():
-                weights, group_loss = self._with_losses(logits, weights, batch)
+                loss, group_loss = self._losses(by_text, weights_by_text, batch)
+                if loss is not None:
+                    weights = ride(weights, loss)
             elif is_heard:
-                group_loss = self._group_loss(logits, weights, batch)
+                group_loss = self._group_loss(by_text, weights_by_text, batch)
             if is_heard:
-                self._record(router, logits, weights, group_loss)
+                self._record(router, by_text, weights_by_text, group_loss)
         if config.router_scope != "linear":
             self._decisions[block] = weights
         return weights
@@ -205,9 +218,15 @@ class AdapterRouting:
             factors = factors.repeat_interleave(copies, dim=0)
         return factors
 
-    def _with_losses(
+    def _by_text(self, tokens: Tensor) -> Tensor:
+        """(batch, seq, choices), wherever the tokens stand."""
+        packing = self._pass.packing
+        return tokens if packing is None else packing.unpack(tokens[0])
+
+    def _losses(
         self, logits: Tensor, weights: Tensor, batch: RoutedBatch
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """This router's share of what joins the gradient, and its group loss alone."""
         config = self.config
         group_loss = self._group_loss(logits, weights, batch)
         losses = []
@@ -218,10 +237,9 @@ class AdapterRouting:
         if config.empty_loss_weight:
             penalty = empty_mass_penalty(weights, batch.mask, target=config.empty_target)
             losses.append(config.empty_loss_weight * penalty)
-        if losses:
-            total = torch.stack(losses).sum() * (self.loss_scale() / len(self.order_of_decisions))
-            weights = ride(weights, total)
-        return weights, group_loss
+        if not losses:
+            return None, group_loss
+        return torch.stack(losses).sum() * (self.loss_scale() / len(self.order_of_decisions)), group_loss
 
     def _group_loss(self, logits: Tensor, weights: Tensor, batch: RoutedBatch) -> Tensor | None:
         config = self.config

@@ -18,6 +18,7 @@ from prefmoe.policy.bench import PolicyBench
 from prefmoe.policy.costs import CostCallback
 from prefmoe.policy.methods import is_pmol, lora_config, pmol_config, rank_of_lora
 from prefmoe.policy.pairs import TokenPairs
+from prefmoe.policy.shared_prompts import share_prompts
 from prefmoe.policy.trainers import connect_preferences
 from prefmoe.runs.run import LogCallback
 
@@ -131,7 +132,7 @@ def _trained_state(
     return bench.run.step(f"{name}.safetensors", compute, save, load_file, together=True)
 
 
-class _TokenizedDPOTrainer(DPOTrainer):
+class TokenizedDPOTrainer(DPOTrainer):
     """TRL's trainer on pairs that `Renderer` has rendered, which keeps the completion where TRL would cut it."""
 
     _signature_columns: list[str]  # of transformers' Trainer, which does not say so
@@ -156,7 +157,7 @@ def _train(
     folder = bench.run.folder / "checkpoints" / name
     validation = bench.splits["validation"]
     settings = bench.settings.training
-    trainer = _TokenizedDPOTrainer(
+    trainer = TokenizedDPOTrainer(
         model=bench.new_model(),
         args=_arguments(bench, folder, config, num_pairs=len(pairs.rows)),
         train_dataset=_dataset(bench, "train", pairs),
@@ -168,6 +169,7 @@ def _train(
     trainer.precompute_ref_logps = True  # they are columns of the data: computed once for all methods
     if is_pmol(name):
         connect_preferences(trainer)
+    share_prompts(trainer)
     if start is not None:
         set_peft_model_state_dict(trainer.accelerator.unwrap_model(trainer.model), start)
     steps = max(1, round(settings.epochs * len(pairs.rows) / settings.batch_pairs))

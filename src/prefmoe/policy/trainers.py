@@ -13,6 +13,7 @@ from trl import DPOTrainer
 from prefmoe.errors import ConfigError, DataError
 from prefmoe.policy.preferences import preference_row
 from prefmoe.policy.routing import AdapterRouting, RoutedBatch, RouterRecord, mean_values, summarize
+from prefmoe.policy.shared_prompts import share_prompts
 from prefmoe.policy.tuner import PMoLModel
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -56,7 +57,7 @@ def connect_preferences(trainer: AnyTrainer, column: str = "preference") -> AnyT
 
 
 class PMoLDPOTrainer(DPOTrainer):
-    """TRL's DPOTrainer, connected: `connect_preferences(DPOTrainer(...))` under one name.
+    """TRL's DPOTrainer, connected: `share_prompts(connect_preferences(DPOTrainer(...)))` under one name.
 
     Args:
         *args: As DPOTrainer takes them.
@@ -67,6 +68,7 @@ class PMoLDPOTrainer(DPOTrainer):
     def __init__(self, *args: Any, preference_column: str = "preference", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         connect_preferences(self, preference_column)
+        share_prompts(self)
 
 
 def _tuner_of(trainer: Trainer) -> PMoLModel:

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prefmoe.backbone.layers import load_backbone, new_backbone
 from prefmoe.errors import CheckpointError, ConfigError
-from prefmoe.reward.backbone import load_backbone, new_backbone
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.runs.inputs import weights_hash
 

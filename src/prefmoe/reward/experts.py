@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prefmoe.backbone.layers import run_layers
 from prefmoe.errors import CheckpointError, ConfigError
 from prefmoe.nn import DenseBank, LoraBank, Packing, mean_tokens
-from prefmoe.reward.backbone import run_layers
 from prefmoe.suggest import nearest
 
 # "<site>.A", "<site>.B", "head.weight", "head.bias" of one expert; "<site>.delta" too where its task was fully tuned

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prefmoe.backbone.packing import pack_texts, packed_batches
 from prefmoe.reward.convex import fit_by_cross_validation
 from prefmoe.reward.experts import Experts
-from prefmoe.reward.packing import pack_texts, packed_batches
 from prefmoe.reward.texts import PairRow
 from prefmoe.reward.trunk import Batch, Trunk
 from prefmoe.runs.progress import Progress, silent

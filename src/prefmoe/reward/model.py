@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from prefmoe.backbone.layers import check_family, embed, new_backbone, run_layers
+from prefmoe.backbone.packing import memory_in_tokens, pack_texts
 from prefmoe.errors import ConfigError
 from prefmoe.nn import (
     Packing,
@@ -19,10 +21,8 @@ from prefmoe.nn import (
     router_features,
 )
 from prefmoe.reward.artefact import ArtefactMixin
-from prefmoe.reward.backbone import check_family, embed, new_backbone, run_layers
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.experts import Experts
-from prefmoe.reward.packing import memory_in_tokens, pack_texts
 
 
 @dataclass

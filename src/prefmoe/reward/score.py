@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prefmoe.backbone.packing import packed_batches
 from prefmoe.data.render import Renderer
 from prefmoe.errors import CheckpointError, DataError, join_problems
 from prefmoe.nn import RoutingMode
 from prefmoe.records import Completion, RewardReport
 from prefmoe.reward.model import DMoERMForSequenceClassification
-from prefmoe.reward.packing import packed_batches
 from prefmoe.reward.texts import TextTable
 from prefmoe.reward.trunk import Trunk
 from prefmoe.reward.workbench import tokenizer_of

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prefmoe.backbone.layers import embed, run_layers
+from prefmoe.backbone.packing import pack_texts, packed_batches
 from prefmoe.errors import CheckpointError
 from prefmoe.nn import Packing
-from prefmoe.reward.backbone import embed, run_layers
-from prefmoe.reward.packing import pack_texts, packed_batches
 from prefmoe.reward.texts import TextTable
 from prefmoe.runs.inputs import weights_hash
 from prefmoe.runs.progress import Advance, Progress, silent

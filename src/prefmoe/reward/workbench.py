@@ -5,12 +5,12 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from prefmoe.backbone.layers import load_backbone
 from prefmoe.data.render import Renderer
 from prefmoe.data.split import prompt_hash
 from prefmoe.errors import ConfigError, DataError
 from prefmoe.hub import resolve_backbone
 from prefmoe.records import PreferencePair
-from prefmoe.reward.backbone import load_backbone
 from prefmoe.reward.experts import Experts
 from prefmoe.reward.settings import BackboneSettings, RewardSettings
 from prefmoe.reward.splits import (

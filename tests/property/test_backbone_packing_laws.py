@@ -5,9 +5,9 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefmoe.backbone.packing import pack_texts, packed_batches
 from prefmoe.data.render import Encoded
 from prefmoe.nn import attention_plan
-from prefmoe.reward.packing import pack_texts, packed_batches
 
 HIDDEN = 576
 

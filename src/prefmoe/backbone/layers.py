@@ -16,7 +16,7 @@ from prefmoe.hub import SMOLLM2, WITHOUT_A_HUB, resolve_backbone
 from prefmoe.nn import AttentionPlan, Packing, attention_plan, packed_attention
 
 # Pre-norm decoders whose layers map one state tensor to the next with rotary positions and full attention.
-# Each is built tiny and compared with its own forward in tests/equivalence/test_reward_backbones.py.
+# Each is built tiny and compared with its own forward in tests/equivalence/test_backbone_families.py.
 TESTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 
 _ATTENTION = "sdpa"  # causal without a mask, on every device

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from prefmoe.backbone.layers import TESTED_FAMILIES, embed, run_layers
+from prefmoe.backbone.packing import pack_texts
 from prefmoe.data.render import Encoded
-from prefmoe.reward.backbone import TESTED_FAMILIES, embed, run_layers
 from prefmoe.reward.batches import PairCollator
-from prefmoe.reward.packing import pack_texts
 from prefmoe.reward.score import score_texts
 from prefmoe.reward.texts import PairRow, TextTable
 from prefmoe.reward.trainer import PairModule
@@ -166,7 +166,7 @@ def test_gradients_of_shared_beginnings_are_those_of_plain_texts(
     model = tiny_reward_model(tiny_backbone(), pooling=pooling).train()
     model.experts.gradient_checkpointing = gradient_checkpointing
     packed = gradients(model, PAIRS)
-    monkeypatch.setattr("prefmoe.reward.packing.saved_layer_tokens", lambda *_: -1.0)
+    monkeypatch.setattr("prefmoe.backbone.packing.saved_layer_tokens", lambda *_: -1.0)
     plain = gradients(model, PAIRS, split=True)
     assert packed.keys() == plain.keys()
     assert any(name.endswith(".B") for name in packed)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from prefmoe.reward.backbone import TESTED_FAMILIES, cut_layers, embed, run_layers
+from prefmoe.backbone.layers import TESTED_FAMILIES, cut_layers, embed, run_layers
+from prefmoe.backbone.packing import pack_texts
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.model import DMoERMForSequenceClassification
-from prefmoe.reward.packing import pack_texts
 from tiny import tiny_backbone, tiny_reward_model
 
 TOKEN_IDS = torch.randint(3, 300, (3, 12), generator=torch.Generator().manual_seed(1))

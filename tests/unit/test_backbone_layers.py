@@ -10,14 +10,14 @@ from transformers import AutoConfig, AutoModel, LlamaForCausalLM
 
 from data_helpers import byte_tokenizer
 from prefmoe import hub
-from prefmoe.errors import ConfigError
-from prefmoe.hub import SMOLLM2, resolve_backbone
-from prefmoe.reward.backbone import (
+from prefmoe.backbone.layers import (
     check_family,
     cut_layers,
     load_backbone,
     new_backbone,
 )
+from prefmoe.errors import ConfigError
+from prefmoe.hub import SMOLLM2, resolve_backbone
 from prefmoe.runs.inputs import weights_hash
 from tiny import tiny_backbone, tiny_reward_model
 

@@ -1,0 +1,1 @@
+"""Backbones of transformers, whose layers run on texts that share their beginnings."""

@@ -1,0 +1,169 @@
+"""Passes of a language model over texts that share prompts: each prompt once, logits of what is asked for only.
+
+Chosen and rejected of a pair begin with the same prompt, whose states are the same in both. TRL computes them twice,
+pads the shorter side and, where Triton does not run, the logits of all tokens. Here the texts lie as a prefix tree
+in one row (`prefmoe.nn.Packing`), and the head sees the states that predict a completion's token.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from trl import DPOTrainer
+
+from prefmoe.backbone.layers import check_family, embed, run_layers
+from prefmoe.backbone.packing import pack_texts
+from prefmoe.errors import ConfigError
+from prefmoe.nn import Packing
+from prefmoe.policy.routing import AdapterRouting
+from prefmoe.policy.tuner import PMoLModel
+
+
+def share_prompts(trainer: DPOTrainer) -> DPOTrainer:
+    """Lets a DPO trainer run the prompt of each pair once, without padding: the same losses and gradients, sooner.
+
+    Call it after the trainer is made and before `train()`. A batch that cannot be shared (another family of models
+    than the tested ones, padding on the left) runs as it always did.
+
+    Args:
+        trainer: TRL's, with a plain model or one with an adapter.
+
+    Returns:
+        The trainer.
+
+    Example:
+        trainer = share_prompts(connect_preferences(DPOTrainer(model, args=args, train_dataset=pairs, ...)))
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    language_model = language_model_of(model)
+    fused_forward = language_model.forward
+
+    @functools.wraps(fused_forward)
+    def forward(*args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        texts = None
+        if fused_lm_head and labels is not None and not args:
+            texts = _right_padded(kwargs.get("input_ids"), kwargs.get("attention_mask"))
+        if texts is None or labels is None or not can_share(model, longest=max(map(len, texts))):
+            return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        return _fused_on_tree(fused_forward, model, texts, labels)
+
+    language_model.forward = forward
+    return trainer
+
+
+def language_model_of(model: nn.Module) -> PreTrainedModel:
+    """The causal language model inside an adapter's wrappers."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def can_share(model: nn.Module, *, longest: int) -> bool:
+    """Whether a model's passes over texts of at most `longest` tokens can share prompts."""
+    language_model = language_model_of(model)
+    config = language_model.config
+    try:
+        check_family(config, max_length=longest)
+    except ConfigError:
+        return False
+    drops = model.training and getattr(config, "attention_dropout", 0.0) > 0
+    steers_texts = any(
+        routing.log_factors is not None and routing.log_factors.ndim == 3 for routing in _routings(model)
+    )
+    return not drops and not steers_texts
+
+
+@contextmanager
+def pass_over_tree(model: nn.Module, packing: Packing, kept: Tensor) -> Iterator[None]:
+    """Inside, whatever ids the model is given, it runs a prefix tree; its head gets (1, kept nodes) states.
+
+    Args:
+        model: A causal language model, or one with an adapter, for which `can_share`.
+        packing: The texts.
+        kept: Nodes whose logits are wanted, in the order that they are wanted in.
+    """
+    decoder = language_model_of(model).base_model
+    replaced = vars(decoder).get("forward")
+
+    def forward(*_: Any, **__: Any) -> BaseModelOutputWithPast:
+        for routing in _routings(model):
+            routing.share(packing)
+        states = run_layers(
+            decoder,
+            embed(decoder, packing.tokens.to(decoder.device)),
+            decoder.layers,
+            packing,
+            call=_call_once,
+            gradient_checkpointing=decoder.training and decoder.is_gradient_checkpointing,
+        )
+        wanted = decoder.norm(states).index_select(0, kept.to(decoder.device))
+        return BaseModelOutputWithPast(last_hidden_state=wanted[None])
+
+    decoder.forward = forward
+    try:
+        yield
+    finally:
+        if replaced is None:
+            del decoder.forward
+        else:
+            decoder.forward = replaced
+
+
+def _call_once(layer: nn.Module, states: Tensor, **kwargs: Any) -> Tensor:
+    """Calls a layer without its own gradient checkpointing, which would forget how its attention was set."""
+    recomputes, layer.gradient_checkpointing = layer.gradient_checkpointing, False
+    try:
+        result: Tensor = layer(states, **kwargs)
+    finally:
+        layer.gradient_checkpointing = recomputes
+    return result
+
+
+def pack_rows(model: nn.Module, texts: Sequence[Sequence[int]]) -> Packing:
+    """The prefix tree of some texts for this model."""
+    return pack_texts(texts, hidden=language_model_of(model).config.hidden_size)
+
+
+def _fused_on_tree(fused_forward: Any, model: nn.Module, texts: list[list[int]], labels: Tensor) -> Any:
+    """What TRL's forward with a fused head returns, (texts, seq - 1) a field, of a pass over the prefix tree."""
+    packing = pack_rows(model, texts)
+    targets = labels[:, 1:]
+    is_target = targets != -100
+    nodes = packing.rows[:, :-1].to(labels.device)[is_target]
+    with pass_over_tree(model, packing, nodes):
+        found = fused_forward(fused_lm_head=True, shift_labels=targets[is_target][None])
+    rows = {
+        field.name: _as_rows(getattr(found, field.name), is_target) for field in dataclasses.fields(found)
+    }
+    return type(found)(**rows)
+
+
+def _as_rows(values: Tensor | None, is_target: Tensor) -> Tensor | None:
+    if values is None or values.ndim == 0:
+        return values
+    return values.new_zeros(is_target.shape).masked_scatter(is_target, values[0])
+
+
+def _right_padded(input_ids: Tensor | None, mask: Tensor | None) -> list[list[int]] | None:
+    """Ids of every row without its padding; None if there is another kind of padding, or nothing to compute."""
+    if input_ids is None or mask is None or mask.ndim != 2:
+        return None
+    lengths = mask.sum(dim=1)
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    if (
+        not torch.equal(mask.bool(), steps < lengths[:, None])
+        or lengths.max() < mask.shape[1]
+        or mask.shape[1] < 2
+    ):
+        return None
+    return [row[:n] for row, n in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
+
+
+def _routings(model: nn.Module) -> list[AdapterRouting]:
+    tuner = getattr(model, "base_model", None)
+    return list(tuner.routings.values()) if isinstance(tuner, PMoLModel) else []
