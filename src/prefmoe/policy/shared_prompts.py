@@ -116,12 +116,12 @@ def pass_over_tree(model: nn.Module, packing: Packing, kept: Tensor) -> Iterator
 
 def _call_once(layer: nn.Module, states: Tensor, **kwargs: Any) -> Tensor:
     """Calls a layer without its own gradient checkpointing, which would forget how its attention was set."""
-    recomputes, layer.gradient_checkpointing = layer.gradient_checkpointing, False
+    recomputes = vars(layer).get("gradient_checkpointing", False)
+    vars(layer)["gradient_checkpointing"] = False
     try:
-        result: Tensor = layer(states, **kwargs)
+        return layer(states, **kwargs)
     finally:
-        layer.gradient_checkpointing = recomputes
-    return result
+        vars(layer)["gradient_checkpointing"] = recomputes
 
 
 def pack_rows(model: nn.Module, texts: Sequence[Sequence[int]]) -> Packing:
