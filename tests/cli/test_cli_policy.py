@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:Could not find a config file"),
 ]
 TRAININGS = {"pmol", "lora", "lora_harmless", "lora_helpful", "sequential_harmless", "sequential_helpful"}
+JUDGED = {"helpful": "advice", "harmless": "facts"}  # what the reward model calls them
 SIZES = {"train": 12, "validation": 4, "test": 6}
 
 
@@ -239,7 +240,7 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(
 
 
 def test_pairs_of_like_length_share_a_training_batch(language_model_folder, tmp_path, monkeypatch):
-    from prefmoe.policy.train import _TokenizedDPOTrainer
+    from prefmoe.policy.train import TokenizedDPOTrainer
 
     lines = [{**row, "prompt": "?" * (1 + 6 * (i % 5))} for i, row in enumerate(pair_rows("train", 20))]
     config = write_config(
@@ -251,13 +252,13 @@ def test_pairs_of_like_length_share_a_training_batch(language_model_folder, tmp_
     )
     write_rows(tmp_path / "train.jsonl", lines)
     masks = []
-    compute_loss = _TokenizedDPOTrainer.compute_loss
+    compute_loss = TokenizedDPOTrainer.compute_loss
 
     def watch(self, model, inputs, *args, **kwargs):
         masks.append(inputs["attention_mask"])
         return compute_loss(self, model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(_TokenizedDPOTrainer, "compute_loss", watch)
+    monkeypatch.setattr(TokenizedDPOTrainer, "compute_loss", watch)
     assert run_cli("policy", "train", config).exit_code == 0
     # Prompts of 5 lengths, twice 40 texts: two drawn at random would differ in length four times out of five.
     padding = sum(int((mask == 0).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
@@ -299,6 +300,25 @@ def test_generate_answers_arguments_and_lines_of_stdin(trained, monkeypatch):
     )
     assert two.stdout.splitlines()[0] == one.stdout.strip()
     assert len(two.stdout.splitlines()) == 2
+
+
+def test_judge_compares_sampled_answers_by_a_reward_model(trained, saved_model, tmp_path):
+    run, pairs, out = trained[0] / "run", tmp_path / "pairs.jsonl", tmp_path / "judged.json"
+    rows = pair_rows("test", 3)
+    write_rows(pairs, [{**row, "preference": JUDGED[row["preference"]]} for row in rows])
+    command = ["policy", "judge", run / "pmol", run / "lora", "--prompts-of", pairs, "-o", out]
+    result = run_cli(*command, "--reward-model", saved_model, "--max-new-tokens", 4, "--limit", 2)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{out}\n"
+    found = json.loads(out.read_text())
+    assert set(found["policies"]) == {"base", "pmol", "lora"}
+    assert len(found["answers"]) == 4
+    assert found["policies"]["pmol"][JUDGED["helpful"]]["prompts"] == 2
+    assert "wins over the base" in result.stderr
+    refused = run_cli(*command, "--reward-model", tmp_path, "--max-new-tokens", 4)
+    assert refused.exit_code == 5
+    assert str(tmp_path) in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_export_writes_a_lora_and_says_how_far_off_it_is(trained, tmp_path):

@@ -13,6 +13,7 @@ from prefmoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from prefmoe.policy.evaluate import PolicyReport
+    from prefmoe.policy.judged import JudgedAnswers, Judgement
 
 app = typer.Typer(
     no_args_is_help=True, help="Train one policy on several preferences, steer it, look inside."
@@ -132,6 +133,52 @@ def generate(
 
 
 @app.command()
+def judge(
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="MODEL...", help="Folders of adapters on one model: runs/policy/pmol.", show_default=False
+        ),
+    ],
+    *,
+    reward_model: Annotated[
+        Path,
+        typer.Option("--reward-model", metavar="FOLDER", help="Saved by `reward train`, on other pairs."),
+    ],
+    files: Annotated[
+        list[str], typer.Option("--prompts-of", metavar="FILE", help="Pairs whose prompts are answered.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="JSON", help="All numbers and answers.")],
+    prefer: Prefer = None,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts of each preference.")] = 50,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of draws and sampling.")] = 0,
+) -> None:
+    """Let policies answer prompts, and a reward model compare the answers with those of the model without adapter."""
+    from prefmoe.evaluation.files import write_text
+    from prefmoe.policy.judged import judge_policies
+    from prefmoe.reward.score import RewardModel
+
+    scorer, progress = RewardModel.load(reward_model), StepProgress()
+    judgement = judge_policies(
+        models,
+        files,
+        lambda rows: [report.reward for report in scorer.score(rows, routing="given", progress=progress)],
+        tasks=scorer.model.config.task_names,
+        weights=_weights(prefer),
+        prompts_per_preference=limit,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        progress=progress,
+    )
+    write_text(out, judgement.model_dump_json(indent=1))
+    Console(stderr=True).print(_judgement_table(judgement))
+    typer.echo(str(out))
+
+
+@app.command()
 def export(
     model: Model,
     *,
@@ -161,6 +208,24 @@ def export(
             highlight=False,
         )
     typer.echo(str(out))
+
+
+def _judgement_table(judgement: "Judgement") -> Table:
+    table = Table("policy", title="Reward of sampled answers (wins over the base)", title_justify="left")
+    names = list(next(iter(judgement.policies.values())))
+    for name in names:
+        table.add_column(name, justify="right")
+    for policy, found in judgement.policies.items():
+        table.add_row(policy, *(_judged_cell(found[name]) for name in names))
+    return table
+
+
+def _judged_cell(found: "JudgedAnswers") -> str:
+    reward, wins = found.reward, found.wins
+    cell = "no text" if reward is None else f"{reward.value:+.3f} ({reward.low:+.2f} to {reward.high:+.2f})"
+    if wins is not None:
+        cell += f"\nwins {wins.value:.2f} ({wins.low:.2f} to {wins.high:.2f})"
+    return cell + (f"\n{found.empty} of {found.prompts} without text" if found.empty and reward else "")
 
 
 def _weights(given: list[str] | None) -> dict[str, float]:

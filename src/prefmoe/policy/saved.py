@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +19,7 @@ from prefmoe.policy.inspect import RoutingTable, inspect_routing
 from prefmoe.policy.logps import completion_logps
 from prefmoe.policy.pairs import TokenPairs, draw, encode, preference_of
 from prefmoe.policy.pictures import draw_routing
+from prefmoe.policy.sampling import sample_answers
 from prefmoe.policy.settings import ModelSettings
 from prefmoe.policy.tuner import PMoLModel
 from prefmoe.records import Message
@@ -49,6 +49,24 @@ def load_saved(folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     return model.eval(), load_tokenizer(where)
 
 
+def steer(model: PeftModel, weights: Mapping[str, float], folder: Path) -> None:
+    """Sets preference weights.
+
+    Raises:
+        ConfigError: There are some, but the adapter in the folder is not PMoL's.
+    """
+    if isinstance(model.base_model, PMoLModel):
+        model.base_model.set_preference_weights(weights)
+    elif weights:
+        raise ConfigError(f"{folder}: is no PMoL adapter, it cannot be steered; leave --prefer out")
+
+
+def longest_prompt(model: PeftModel, max_new_tokens: int) -> int:
+    """Tokens of a prompt that leave room for an answer."""
+    limit: int = model.get_base_model().config.max_position_embeddings
+    return max(16, limit - max_new_tokens)
+
+
 def evaluate_saved(
     folder: Path,
     files: Sequence[str],
@@ -65,12 +83,11 @@ def evaluate_saved(
         reference = completion_logps(model, pairs.texts(), progress=progress, label="reference")
     preferences = [row.preference for row in pairs.rows]
     table = None
+    steer(model, weights, folder)
     if isinstance(model.base_model, PMoLModel):
-        model.base_model.set_preference_weights(weights)
         found = inspect_routing(model, pairs.texts(), preferences * 2, progress=progress, label="policy")
         logps, table = found.logps, found.table
     else:
-        _refuse_weights(weights, folder)
         logps = completion_logps(model, pairs.texts(), progress=progress, label="policy")
     margins = implicit_margins(logps, reference, beta=beta).tolist()
     names = list(dict.fromkeys(preferences))
@@ -96,7 +113,6 @@ def write_weights(
     return numbers
 
 
-@torch.no_grad()
 def answer(
     folder: Path,
     prompts: Sequence[str],
@@ -108,24 +124,18 @@ def answer(
 ) -> Iterator[str]:
     """Answers, one prompt after the other."""
     model, tokenizer = load_saved(folder)
-    if isinstance(model.base_model, PMoLModel):
-        model.base_model.set_preference_weights(weights)
-    else:
-        _refuse_weights(weights, folder)
-    torch.manual_seed(seed)
-    limit = model.get_base_model().config.max_position_embeddings
-    renderer = Renderer(tokenizer, max_length=max(16, limit - max_new_tokens))
-    for prompt in prompts:
-        ids = torch.tensor([renderer.encode_prompt((Message("user", prompt),)).input_ids]).to(model.device)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        made = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+    steer(model, weights, folder)
+    renderer = Renderer(tokenizer, max_length=longest_prompt(model, max_new_tokens))
+    for number, prompt in enumerate(prompts):
+        ids = renderer.encode_prompt((Message("user", prompt),)).input_ids
+        yield from sample_answers(
+            model,
+            tokenizer,
+            [ids],
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            **sampling,
+            temperature=temperature,
+            seed=seed + number,
         )
-        yield str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def export_saved(
@@ -159,8 +169,3 @@ def _read(
     names = dict.fromkeys(preference_of(pair) for pair in pairs)
     drawn = [p for n in names for p in draw([q for q in pairs if preference_of(q) == n], limit, 0)]
     return encode(drawn, Renderer(tokenizer, max_length=max_length), allow_equal=True)
-
-
-def _refuse_weights(weights: Mapping[str, float], folder: Path) -> None:
-    if weights:
-        raise ConfigError(f"{folder}: is no PMoL adapter, it cannot be steered; leave --prefer out")
