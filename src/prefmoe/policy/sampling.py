@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefmoe.nn import pad_left
 from prefmoe.runs.progress import Progress, silent
@@ -13,7 +13,7 @@ from prefmoe.runs.progress import Progress, silent
 
 @torch.no_grad()
 def sample_answers(
-    model: nn.Module,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
@@ -41,7 +41,7 @@ def sample_answers(
         Texts without special tokens, in the order of the prompts.
     """
     model.eval()
-    device = next(model.parameters()).device
+    device = model.device
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )
