@@ -3,6 +3,7 @@
 import json
 
 import cost_growth
+import dpo_step
 import pytest
 import router_settings
 import scoring_speed
@@ -12,7 +13,7 @@ import training_speed
 import yaml
 
 from data_helpers import CHATML, byte_tokenizer, write_rows
-from tiny import tiny_backbone
+from tiny import tiny_backbone, tiny_language_model
 
 SMALL = ["--smoke", "--num-layers", "2", "--split-layer", "1"]
 
@@ -57,6 +58,32 @@ def test_training_speed_also_from_a_finished_folder(tmp_path):
     assert set(first["estimated_seconds"]) == {"release", "trl"}
     again = training_speed.main(options)
     assert again["ours_seconds_by_step"]["training"] == first["ours_seconds_by_step"]["training"]
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_dpo_step(tmp_path):
+    tiny_language_model().save_pretrained(tmp_path / "model")
+    byte_tokenizer(CHATML).save_pretrained(tmp_path / "model")
+    rows = [
+        {"prompt": f"{name} {i}", "chosen": "yes", "rejected": f"no {i}", "preference": name}
+        for i in range(4)
+        for name in ("a", "b")
+    ]
+    write_rows(tmp_path / "train.jsonl", rows)
+    config = {
+        "data": {"train": str(tmp_path / "train.jsonl")},
+        "model": {"name": str(tmp_path / "model"), "max_length": 64},
+        "training": {"batch_pairs": 4},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    out = tmp_path / "step.json"
+    dpo_step.main([str(tmp_path / "config.yaml"), "--repeats", "2", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert set(found["methods"]) == {"lora", "pmol"}
+    assert all(method["trl_over_shared"] > 0 for method in found["methods"].values())
+    assert (
+        found["tokens"]["of_completions"] < found["tokens"]["prompts_once"] < found["tokens"]["of_both_sides"]
+    )
 
 
 def test_time_shares_are_shares():
