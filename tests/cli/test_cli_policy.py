@@ -239,32 +239,6 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(
     assert all((stopped[name] == whole[name]).all() for name in whole)
 
 
-def test_pairs_of_like_length_share_a_training_batch(language_model_folder, tmp_path, monkeypatch):
-    from prefmoe.policy.train import TokenizedDPOTrainer
-
-    lines = [{**row, "prompt": "?" * (1 + 6 * (i % 5))} for i, row in enumerate(pair_rows("train", 20))]
-    config = write_config(
-        tmp_path,
-        language_model_folder,
-        methods=["lora"],
-        training={"batch_pairs": 2, "evaluations": 0},
-        steering={"pairs_per_preference": 0},
-    )
-    write_rows(tmp_path / "train.jsonl", lines)
-    masks = []
-    compute_loss = TokenizedDPOTrainer.compute_loss
-
-    def watch(self, model, inputs, *args, **kwargs):
-        masks.append(inputs["attention_mask"])
-        return compute_loss(self, model, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(TokenizedDPOTrainer, "compute_loss", watch)
-    assert run_cli("policy", "train", config).exit_code == 0
-    # Prompts of 5 lengths, twice 40 texts: two drawn at random would differ in length four times out of five.
-    padding = sum(int((mask == 0).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-    assert padding < 0.1
-
-
 def test_eval_gives_the_accuracies_of_the_run(trained):
     folder = trained[0]
     metrics = read_metrics(folder / "run" / "metrics.json")

@@ -23,7 +23,6 @@ from prefmoe.policy.trainers import connect_preferences
 from prefmoe.runs.run import LogCallback
 
 AVERAGE = "average"  # name of the adapter that averages others
-_LENGTH = "length"  # column with the tokens of a pair's longer side
 
 
 def train_policies(bench: PolicyBench) -> dict[str, Path]:
@@ -135,15 +134,8 @@ def _trained_state(
 class TokenizedDPOTrainer(DPOTrainer):
     """TRL's trainer on pairs that `Renderer` has rendered, which keeps the completion where TRL would cut it."""
 
-    _signature_columns: list[str]  # of transformers' Trainer, which does not say so
-
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if _LENGTH not in self._signature_columns:  # the sampler goes by it; the Trainer would drop it
-            self._signature_columns = [*self._signature_columns, _LENGTH]
 
 
 def _train(
@@ -201,8 +193,6 @@ def _arguments(bench: PolicyBench, folder: Path, config: PeftConfig, *, num_pair
         max_grad_norm=settings.max_grad_norm,
         beta=settings.beta,
         max_length=None,  # pairs are cut already
-        train_sampling_strategy="group_by_length",  # else two fifths of the tokens of a step are padding
-        length_column_name=_LENGTH,
         eval_strategy="steps" if validates else "no",
         eval_steps=max(1, steps // max(1, settings.evaluations)),
         save_strategy="steps",
@@ -230,7 +220,6 @@ def _dataset(bench: PolicyBench, split: str, pairs: TokenPairs) -> Dataset:
                 "ref_chosen_logps": c,
                 "ref_rejected_logps": r,
                 "preference": row.preference,
-                _LENGTH: len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids)),
             }
             for row, c, r in zip(pairs.rows, chosen, rejected, strict=True)
         ]
