@@ -36,8 +36,17 @@ def trainer_of(out, adapter, *, family="llama", checkpointing=False, shared=True
     tokenizer = byte_tokenizer(CHATML)
     tokenizer.pad_token = "</s>"
     torch.manual_seed(0)
+    reference = None
+    if (
+        adapter is None
+    ):  # all weights are trained; the reference is a model of its own, here quite another one
+        reference = tiny_lm(family)
+        with torch.no_grad():
+            for parameter in reference.parameters():
+                parameter.mul_(1.5)
     trainer = DPOTrainer(
         model=tiny_lm(family),
+        ref_model=reference,
         args=DPOConfig(
             output_dir=str(out),
             per_device_train_batch_size=len(PAIRS),
@@ -57,7 +66,7 @@ def trainer_of(out, adapter, *, family="llama", checkpointing=False, shared=True
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
-    if not isinstance(adapter, LoraConfig):
+    if adapter is not None and not isinstance(adapter, LoraConfig):
         connect_preferences(trainer)
     return share_prompts(trainer) if shared else trainer
 
@@ -94,7 +103,7 @@ def assert_same_step(got, expected):
 
 
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
-ADAPTERS = {"lora": LORA} | {name: pmol_config(**changes) for name, changes in CONFIGS.items()}
+ADAPTERS = {"none": None, "lora": LORA} | {name: pmol_config(**changes) for name, changes in CONFIGS.items()}
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

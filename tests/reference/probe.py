@@ -33,9 +33,9 @@ def fit_bradley_terry(differences, *, l2, weight=None, label=None, prior=None):
     return descend(gradient, prior, step=1 / (largest / 4 + l2))
 
 
-def fit_softmax(features, labels, *, num_classes, l2, label_smoothing, class_balanced):
+def fit_softmax(features, labels, *, num_classes, l2, label_smoothing, class_balanced, has_bias=True):
     """Rows of the answer are [weights of a class, then its bias]."""
-    inputs = [[*row, 1.0] for row in features]
+    inputs = [[*row, float(has_bias)] for row in features]
     width = len(inputs[0])
     share = [1 / labels.count(label) if class_balanced else 1.0 for label in labels]
     largest = max(sum(x * x for x in row) for row in inputs)

@@ -77,6 +77,7 @@ def fit_softmax(
     l2: float,
     label_smoothing: float = 0.05,
     class_balanced: bool = True,
+    has_bias: bool = True,
 ) -> tuple[Float[Tensor, "classes features"], Float[Tensor, " classes"]]:
     r"""Weights and biases of the linear classifier with the least regularized cross-entropy.
 
@@ -91,6 +92,7 @@ def fit_softmax(
         l2: Strength $\lambda$, above 0. It holds the biases too, so there is exactly one minimum.
         label_smoothing: $\epsilon$, in [0, 1).
         class_balanced: Every class that has rows counts the same in the mean, however many they are.
+        has_bias: Whether $b$ is fitted, too; otherwise it is 0.
 
     Returns:
         Weights (classes, features) and biases (classes,), in the dtype of `features`, without gradient.
@@ -120,7 +122,7 @@ def fit_softmax(
         raise ShapeError(
             f"fit_softmax: unknown label; got {wrong[0].item()}; expected 0 to {num_classes - 1}."
         )
-    inputs = F.pad(features.detach().double(), (0, 1), value=1.0)
+    inputs = F.pad(features.detach().double(), (0, 1), value=float(has_bias))
     counts = torch.bincount(labels, minlength=num_classes).double()
     row_weight = 1 / counts[labels] if class_balanced else torch.ones_like(inputs[:, 0])
 

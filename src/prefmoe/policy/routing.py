@@ -218,6 +218,12 @@ class AdapterRouting:
             factors = factors.repeat_interleave(copies, dim=0)
         return factors
 
+    def mean_by_text(self, tokens: Tensor) -> Tensor:
+        """Mean of values of the current pass's tokens over those of each text that count: (batch, values)."""
+        batch = self._pass.batch
+        assert batch is not None
+        return mean_by_text(self._by_text(tokens).float(), batch.mask)
+
     def _by_text(self, tokens: Tensor) -> Tensor:
         """(batch, seq, choices), wherever the tokens stand."""
         packing = self._pass.packing

@@ -24,6 +24,9 @@ Method = Literal[
 ]
 
 
+RouterStart = Literal["probe", "random"]
+
+
 class DataSettings(Section):
     """Pairs of several preferences; a row's preference is its column `preference`, or else `task`."""
 
@@ -78,6 +81,10 @@ class TrainingSettings(Section):
     )
     lora_alpha: float | None = Field(None, gt=0, description="of the plain LoRAs; null takes their rank")
     beta: float = Field(0.1, gt=0, description="of DPO")
+    router_start: RouterStart = Field(
+        "probe",
+        description="probe: linear routers of methods with a group loss begin as classifiers of the pairs",
+    )
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are cut to this")
     evaluations: int = Field(1, ge=0, description="validations of one training, evenly spread")

@@ -41,7 +41,14 @@ def share_prompts(trainer: DPOTrainer) -> DPOTrainer:
     Example:
         trainer = share_prompts(connect_preferences(DPOTrainer(model, args=args, train_dataset=pairs, ...)))
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    for model in (trainer.model, trainer.ref_model):
+        if model is not None:
+            _share(trainer.accelerator.unwrap_model(model))
+    return trainer
+
+
+def _share(model: nn.Module) -> None:
+    """Replaces the forward pass that TRL gave a model's head."""
     language_model = language_model_of(model)
     fused_forward = language_model.forward
 
@@ -55,7 +62,6 @@ def share_prompts(trainer: DPOTrainer) -> DPOTrainer:
         return _fused_on_tree(fused_forward, model, texts, labels)
 
     language_model.forward = forward
-    return trainer
 
 
 def language_model_of(model: nn.Module) -> PreTrainedModel:

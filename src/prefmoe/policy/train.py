@@ -18,6 +18,7 @@ from prefmoe.policy.bench import PolicyBench
 from prefmoe.policy.costs import CostCallback
 from prefmoe.policy.methods import is_pmol, lora_config, pmol_config, rank_of_lora
 from prefmoe.policy.pairs import TokenPairs
+from prefmoe.policy.router_start import fit_router_starts, start_routers
 from prefmoe.policy.shared_prompts import share_prompts
 from prefmoe.policy.trainers import connect_preferences
 from prefmoe.runs.run import LogCallback
@@ -161,6 +162,7 @@ def _train(
     trainer.precompute_ref_logps = True  # they are columns of the data: computed once for all methods
     if is_pmol(name):
         connect_preferences(trainer)
+        _start_routers(bench, trainer.accelerator.unwrap_model(trainer.model))
     share_prompts(trainer)
     if start is not None:
         set_peft_model_state_dict(trainer.accelerator.unwrap_model(trainer.model), start)
@@ -171,6 +173,29 @@ def _train(
         checkpoint = get_last_checkpoint(str(folder)) if folder.exists() else None
         trainer.train(resume_from_checkpoint=checkpoint)
     return get_peft_model_state_dict(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def _start_routers(bench: PolicyBench, model: PeftModel) -> None:
+    """Where the settings say so; one fit serves all methods, whose routers see the same before the first step."""
+    config = model.peft_config[model.active_adapter]
+    has_goal = config.group_loss != "none" and len(bench.preferences) > 1
+    if bench.settings.training.router_start != "probe" or config.router != "linear" or not has_goal:
+        return
+
+    def compute() -> dict[str, Tensor]:
+        pairs = bench.splits["train"]
+        return fit_router_starts(
+            model,
+            pairs.texts(),
+            [row.preference for row in pairs.rows] * 2,
+            batch_tokens=bench.settings.model.batch_tokens,
+            progress=bench.progress,
+        )
+
+    def save(file: Path, starts: dict[str, Tensor]) -> None:
+        save_file(starts, file)
+
+    start_routers(model, bench.run.step("router_starts.safetensors", compute, save, load_file))
 
 
 def _arguments(bench: PolicyBench, folder: Path, config: PeftConfig, *, num_pairs: int) -> DPOConfig:
