@@ -1,6 +1,6 @@
 """Training the policies of a run by TRL's DPO trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def _start_routers(bench: PolicyBench, model: PeftModel) -> None:
     if bench.settings.training.router_start != "probe" or config.router != "linear" or not has_goal:
         return
 
-    def compute() -> dict[str, Tensor]:
+    def compute() -> Mapping[str, Tensor]:
         pairs = bench.splits["train"]
         return fit_router_starts(
             model,
@@ -192,8 +192,8 @@ def _start_routers(bench: PolicyBench, model: PeftModel) -> None:
             progress=bench.progress,
         )
 
-    def save(file: Path, starts: dict[str, Tensor]) -> None:
-        save_file(starts, file)
+    def save(file: Path, starts: Mapping[str, Tensor]) -> None:
+        save_file(dict(starts), file)
 
     start_routers(model, bench.run.step("router_starts.safetensors", compute, save, load_file))
 
