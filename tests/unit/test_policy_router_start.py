@@ -85,6 +85,27 @@ def test_shared_prompts_and_padding_see_the_same(monkeypatch):
         torch.testing.assert_close(rows, plain[name], rtol=1e-2, atol=1e-3 * float(rows.abs().max()))
 
 
+def test_noise_is_met_with_the_stronger_penalty():
+    """Where preferences are drawn by lot, what is fitted has to stay near nothing; where they are plain, not."""
+    made, names = texts(120)
+    generator = torch.Generator().manual_seed(3)
+    lots = ["ab"[i] for i in torch.randint(0, 2, (len(made),), generator=generator).tolist()]
+    noise, truth = (fit_router_starts(untrained(), made, labels) for labels in (lots, names))
+    for name, rows in truth.items():
+        assert noise[name].norm() < 0.3 * rows.norm()
+
+
+def test_some_tokens_of_many_texts_are_enough(monkeypatch):
+    monkeypatch.setattr("prefmoe.policy.router_start._MAX_TEXTS", 50)
+    model, seen = untrained(), []
+    model.base_model.routings["default"].listeners.append(lambda records, batch: seen.append(len(batch.mask)))
+    made, names = texts(120)
+    # By threes, so that every third text still has both preferences.
+    start_routers(model, fit_router_starts(model, made, names))
+    assert sum(seen) == 40
+    assert group_accuracy(model, seed=1) > 0.9
+
+
 def test_the_model_is_left_without_hooks():
     model = untrained()
     fit_router_starts(model, *texts(4))

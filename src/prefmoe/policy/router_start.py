@@ -4,7 +4,7 @@ A few hundred pairs do not teach a random router in one epoch. What it is to lea
 on the states of the untrained model takes one pass over the training texts and no learning rate.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prefmoe.nn import TokenRouter, fit_softmax
 from prefmoe.policy.layer import PMoLLinear
@@ -20,7 +21,9 @@ from prefmoe.policy.pairs import Text
 from prefmoe.policy.routing import AdapterRouting
 from prefmoe.runs.progress import Progress, silent
 
-_L2 = 0.1  # as the task router's, chosen on validation prompts of the five real tasks
+_PENALTIES = (0.01, 0.1, 1.0)
+_MAX_TEXTS, _MAX_TOKENS = 2000, 4  # of all, of one text: at most 8,000 rows a router
+_FOLDS = 5
 
 
 def fit_router_starts(
@@ -33,12 +36,13 @@ def fit_router_starts(
 ) -> dict[str, Tensor]:
     r"""Rows of a linear classifier of preferences for every linear router.
 
-    The router of an adapter sees single tokens and has no bias; the classifier is fitted, without one, to the means of
-    what the router sees over each completion, whose logits are the means of the tokens' logits.
+    It is fitted to single tokens of the completions, a few of each text, as the router is going to see them, and has no
+    bias, as the router has none. One penalty serves all routers: the one with the least loss on the tokens of every
+    fifth prompt, when the others are fitted.
 
     Args:
         model: With a PMoL adapter that has not been trained: its experts still add nothing.
-        texts: Training texts.
+        texts: Training texts; of many, evenly spaced ones are taken.
         preferences: Of each text, names of the adapter's groups.
         batch_tokens: Tokens of one forward pass.
         progress: Shows how far it is.
@@ -46,13 +50,35 @@ def fit_router_starts(
     Returns:
         For every router by name (groups, in), float32: logits of the groups.
     """
-    routing = _routing_of(model)
-    seen: dict[str, dict[int, Tensor]] = {name: {} for name, _ in _routers(model)}
-    with _watched(model, routing) as passes:
+    groups, smoothing = _routing_of(model).groups, _routing_of(model).config.group_smoothing
+    taken = range(0, len(texts), -(-len(texts) // _MAX_TEXTS))
+    texts, preferences = [texts[i] for i in taken], [preferences[i] for i in taken]
+    seen = _what_routers_see(model, texts, batch_tokens=batch_tokens, progress=progress)
+
+    counts = torch.tensor([len(tokens) for tokens in next(iter(seen.values()))])
+    labels = torch.tensor([groups.names.index(preference) for preference in preferences])
+    folds = {prompt: i % _FOLDS for i, prompt in enumerate(dict.fromkeys(text.prompt_ids for text in texts))}
+    held = torch.tensor([folds[text.prompt_ids] == 0 for text in texts])
+    labels, held = labels.repeat_interleave(counts), held.repeat_interleave(counts)
+    features = {name: torch.cat(by_text) for name, by_text in seen.items()}
+    fit = partial(_fit, num_groups=len(groups.names), smoothing=smoothing)
+    penalty = _PENALTIES[1]
+    if not held.all():
+        penalty = min(_PENALTIES, key=lambda l2: _held_out_loss(features, labels, held, partial(fit, l2=l2)))
+    return {name: fit(rows, labels, l2=penalty) for name, rows in features.items()}
+
+
+def _what_routers_see(
+    model: PeftModel, texts: Sequence[Text], *, batch_tokens: int, progress: Progress
+) -> dict[str, list[Tensor]]:
+    """For every router some tokens of each text, (tokens, in), in the order of the texts."""
+    seen: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(texts) for name, _ in _routers(model)}
+    with _watched(model, _routing_of(model)) as passes:
 
         def keep(batch: Sequence[int]) -> None:
-            for name, means in passes.items():
-                seen[name].update(zip(batch, means, strict=True))
+            for name, by_text in passes.items():
+                for text, tokens in zip(batch, by_text, strict=True):
+                    seen[name][text] = tokens
             passes.clear()
 
         completion_logps(
@@ -64,24 +90,33 @@ def fit_router_starts(
             progress=progress,
             label="what routers see",
         )
-    names = routing.groups.names
-    labels = torch.tensor([names.index(preference) for preference in preferences])
-    groups, smoothing = len(names), routing.config.group_smoothing
-    starts = {}
-    for name, by_text in seen.items():
-        features = torch.stack([by_text[i] for i in range(len(texts))])
-        scale = features.std(dim=0, correction=0).clamp_min(1e-6)
-        rows, _ = fit_softmax(
-            features / scale,
-            labels,
-            num_classes=groups,
-            l2=_L2,
-            # The group loss puts its smoothing on the other groups only.
-            label_smoothing=min(0.99, smoothing * groups / max(1, groups - 1)),
-            has_bias=False,
-        )
-        starts[name] = rows / scale
-    return starts
+    return seen
+
+
+def _held_out_loss(
+    features: Mapping[str, Tensor], labels: Tensor, held: Tensor, fit: Callable[[Tensor, Tensor], Tensor]
+) -> float:
+    """Mean cross-entropy over routers, of the rows that were not fitted."""
+    losses = [
+        F.cross_entropy(rows[held] @ fit(rows[~held], labels[~held]).T, labels[held])
+        for rows in features.values()
+    ]
+    return torch.stack(losses).mean().item()
+
+
+def _fit(features: Tensor, labels: Tensor, *, num_groups: int, smoothing: float, l2: float) -> Tensor:
+    """Weights for features as they are; the penalty is on those for features of unit variance."""
+    scale = features.std(dim=0, correction=0).clamp_min(1e-6)
+    weights, _ = fit_softmax(
+        features / scale,
+        labels,
+        num_classes=num_groups,
+        l2=l2,
+        # The group loss puts its smoothing on the other groups only.
+        label_smoothing=min(0.99, smoothing * num_groups / max(1, num_groups - 1)),
+        has_bias=False,
+    )
+    return weights / scale
 
 
 @torch.no_grad()
@@ -123,14 +158,20 @@ def _routers(model: PeftModel) -> list[tuple[str, TokenRouter]]:
 
 
 @contextmanager
-def _watched(model: PeftModel, routing: AdapterRouting) -> Iterator[dict[str, Tensor]]:
-    """Inside, every pass leaves the mean of what each router saw of each text, on the CPU."""
-    passes: dict[str, Tensor] = {}
+def _watched(model: PeftModel, routing: AdapterRouting) -> Iterator[dict[str, list[Tensor]]]:
+    """Inside, every pass leaves some tokens of each text as each router saw them, on the CPU."""
+    passes: dict[str, list[Tensor]] = {}
 
     def watch(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        passes[name] = routing.mean_by_text(args[0]).cpu()
+        passes[name] = [_evenly(rows.float().cpu()) for rows in routing.tokens_by_text(args[0])]
 
     with ExitStack() as hooks:
         for name, layer, _ in _layers(model):
             hooks.callback(layer.register_forward_pre_hook(partial(watch, name)).remove)
         yield passes
+
+
+def _evenly(rows: Tensor) -> Tensor:
+    """At most a few of the rows, the first and the last among them."""
+    number = min(len(rows), _MAX_TOKENS)
+    return rows[torch.linspace(0, len(rows) - 1, number).round().long()]

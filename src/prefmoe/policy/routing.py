@@ -218,11 +218,12 @@ class AdapterRouting:
             factors = factors.repeat_interleave(copies, dim=0)
         return factors
 
-    def mean_by_text(self, tokens: Tensor) -> Tensor:
-        """Mean of values of the current pass's tokens over those of each text that count: (batch, values)."""
+    def tokens_by_text(self, tokens: Tensor) -> list[Tensor]:
+        """Of values of the current pass's tokens (..., values) those that count, text by text, (tokens, values)."""
         batch = self._pass.batch
         assert batch is not None
-        return mean_by_text(self._by_text(tokens).float(), batch.mask)
+        rows = zip(self._by_text(tokens), batch.mask, strict=True)
+        return [row[mask > 0] for row, mask in rows]
 
     def _by_text(self, tokens: Tensor) -> Tensor:
         """(batch, seq, choices), wherever the tokens stand."""
