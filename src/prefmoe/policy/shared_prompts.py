@@ -105,7 +105,7 @@ def pass_over_tree(model: nn.Module, packing: Packing, kept: Tensor) -> Iterator
             decoder.layers,
             packing,
             call=_call_once,
-            gradient_checkpointing=decoder.training and decoder.is_gradient_checkpointing,
+            gradient_checkpointing=decoder.training and _recomputes(decoder.layers[0]),
         )
         wanted = decoder.norm(states).index_select(0, kept.to(decoder.device))
         return BaseModelOutputWithPast(last_hidden_state=wanted[None])
@@ -122,12 +122,17 @@ def pass_over_tree(model: nn.Module, packing: Packing, kept: Tensor) -> Iterator
 
 def _call_once(layer: nn.Module, states: Tensor, **kwargs: Any) -> Tensor:
     """Calls a layer without its own gradient checkpointing, which would forget how its attention was set."""
-    recomputes = vars(layer).get("gradient_checkpointing", False)
+    recomputes = _recomputes(layer)
     vars(layer)["gradient_checkpointing"] = False
     try:
         return layer(states, **kwargs)
     finally:
         vars(layer)["gradient_checkpointing"] = recomputes
+
+
+def _recomputes(layer: nn.Module) -> bool:
+    # transformers has renamed the model's own property, not the layer's attribute.
+    return bool(vars(layer).get("gradient_checkpointing", False))
 
 
 def pack_rows(model: nn.Module, texts: Sequence[Sequence[int]]) -> Packing:
