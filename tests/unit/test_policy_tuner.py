@@ -99,6 +99,23 @@ def test_save_and_load_under_another_name_is_exact_and_keeps_no_weight_of_the_ba
         assert bool(trainable) == ("is_trainable" in options)
 
 
+@pytest.mark.parametrize("groups", [{"a": 2, "b": 1}, {"b": 2, "a": 1}], ids=str)
+def test_groups_keep_their_order_and_so_their_experts(groups, tmp_path):
+    """PEFT sorts the keys of what it writes: helpful and harmless came back as harmless and helpful."""
+    policy = tiny_policy(groups=groups)
+    policy.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_lm(), tmp_path).eval()
+    assert list(again.peft_config["default"].groups.items()) == list(groups.items())
+    ids = tokens()
+    with torch.no_grad():
+        plain = policy(input_ids=ids).logits
+        for model in (policy, again):
+            model.base_model.set_preference_weights({"b": 9.0})
+        expected = policy(input_ids=ids).logits
+        assert torch.equal(again(input_ids=ids).logits, expected)
+        assert not torch.equal(expected, plain)
+
+
 @every_config
 def test_a_second_adapter_can_be_added_set_loaded_and_deleted(changes, saved):
     model = tiny_policy(**changes)

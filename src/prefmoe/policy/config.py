@@ -1,11 +1,13 @@
 """Configuration of a PMoL adapter, as PEFT has configurations, and the PEFT type it belongs to."""
 
+import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig, PeftType
+from peft.utils import CONFIG_NAME
 
 from prefmoe.errors import ConfigError, PrefmoeWarning, join_problems
 from prefmoe.nn import ExpertGroups
@@ -128,8 +130,14 @@ class PMoLConfig(PeftConfig):
             self.group_loss = "none"
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT does it when it saves an adapter, and the model card begins with how to load it."""
+        """As PEFT does it when it saves an adapter; groups keep their order, and the model card says how to load it."""
         super().save_pretrained(save_directory, **kwargs)
+        file = Path(save_directory) / CONFIG_NAME
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["groups"] = (
+            self.groups
+        )  # PEFT sorts what it writes, which would hand one group's experts to another
+        file.write_text(json.dumps(content, indent=2), encoding="utf-8")
         say_how_to_load(Path(save_directory))
 
     @property
