@@ -2,7 +2,7 @@
 
     python benchmarks/dpo_step.py configs/policy-cpu.yaml --out benchmarks/results/dpo_step.json
 
-Same model, same adapter, same batches, in turn; losses have to agree before anything is timed. The reference's
+Same model, same adapter, same batches, in turn; nothing is reported where losses differ. The reference's
 log-probabilities are left out of both, as `prefmoe policy train` computes them once for all methods.
 """
 
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from harness.timing import alternating, device_at_hand, machine, median_ratio, medians, write_result
 from rich.console import Console
@@ -131,7 +132,8 @@ def measure(trainer: TokenizedDPOTrainer, batches: Sequence[Sequence[TokenPair]]
     alternating(works, 1)
     times = alternating(works, len(batches))
     difference = max(abs(a - b) for a, b in zip(losses["trl"], losses["shared"], strict=True))
-    if difference > 0.02 * max(1.0, *map(abs, losses["trl"])):
+    tolerance = 2e-2 if language_model.dtype == torch.bfloat16 else 1e-3
+    if difference > tolerance * max(1.0, *map(abs, losses["trl"])):
         raise SystemExit(f"losses differ by {difference:.3g}; a time of another result means nothing")
     return {
         "trl_over_shared": round(median_ratio(times, "trl", "shared"), 3),
