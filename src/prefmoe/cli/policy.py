@@ -156,6 +156,8 @@ def judge(
     seed: Annotated[int, typer.Option(help="Of draws and sampling.")] = 0,
 ) -> None:
     """Let policies answer prompts, and a reward model compare the answers with those of the model without adapter."""
+    weights = _weights(prefer)
+
     from prefmoe.evaluation.files import write_text
     from prefmoe.policy.judged import judge_policies
     from prefmoe.reward.score import RewardModel
@@ -166,7 +168,7 @@ def judge(
         files,
         lambda rows: [report.reward for report in scorer.score(rows, routing="given", progress=progress)],
         tasks=scorer.model.config.task_names,
-        weights=_weights(prefer),
+        weights=weights,
         prompts_per_preference=limit,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

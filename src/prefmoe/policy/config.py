@@ -134,9 +134,8 @@ class PMoLConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         file = Path(save_directory) / CONFIG_NAME
         content = json.loads(file.read_text(encoding="utf-8"))
-        content["groups"] = (
-            self.groups
-        )  # PEFT sorts what it writes, which would hand one group's experts to another
+        # PEFT sorts what it writes, which would hand one group's experts to another.
+        content["groups"] = self.groups
         file.write_text(json.dumps(content, indent=2), encoding="utf-8")
         say_how_to_load(Path(save_directory))
 

@@ -41,7 +41,7 @@ def fit_router_starts(
     fifth prompt, when the others are fitted.
 
     Args:
-        model: With a PMoL adapter that has not been trained: its experts still add nothing.
+        model: With a PMoL adapter whose routers are linear and that has not been trained: its experts add nothing yet.
         texts: Training texts; of many, evenly spaced ones are taken.
         preferences: Of each text, names of the adapter's groups.
         batch_tokens: Tokens of one forward pass.
