@@ -277,14 +277,14 @@ def test_generate_answers_arguments_and_lines_of_stdin(trained, monkeypatch):
 
 
 def test_judge_compares_sampled_answers_by_a_reward_model(trained, saved_model, tmp_path):
-    run, pairs, out = trained[0] / "run", tmp_path / "pairs.jsonl", tmp_path / "judged.json"
+    run, pairs, out = trained[0] / "run", tmp_path / "pairs.jsonl", tmp_path / "judged"
     rows = pair_rows("test", 3)
     write_rows(pairs, [{**row, "preference": JUDGED[row["preference"]]} for row in rows])
     command = ["policy", "judge", run / "pmol", run / "lora", "--prompts-of", pairs, "-o", out]
     result = run_cli(*command, "--reward-model", saved_model, "--max-new-tokens", 4, "--limit", 2)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout == f"{out}\n"
-    found = json.loads(out.read_text())
+    assert result.stdout == f"{out / 'judged.json'}\n"
+    found = json.loads((out / "judged.json").read_text())
     assert set(found["policies"]) == {"base", "pmol", "lora"}
     assert len(found["answers"]) == 4
     assert found["policies"]["pmol"][JUDGED["helpful"]]["prompts"] == 2

@@ -5,16 +5,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from data_helpers import CHATML, byte_tokenizer, write_rows
-from prefmoe.errors import ConfigError, DataError
+from prefmoe.errors import CheckpointError, ConfigError, DataError
 from prefmoe.policy import judged
-from prefmoe.policy.judged import judge_policies
+from prefmoe.policy.judged import RESULT, Judgement, JudgeSettings, judge_policies
 from prefmoe.policy.methods import num_trainable
 from prefmoe.policy.sampling import sample_answers
 from tiny import tiny_language_model
 from tiny_policy import pmol_config, randomize
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file", "ignore::DeprecationWarning")
-OPTIONS = {"prompts_per_preference": 5, "max_new_tokens": 6, "temperature": 1.0, "seed": 0, "weights": {}}
+OPTIONS = {"prompts_per_preference": 5, "max_new_tokens": 6, "temperature": 1.0, "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +45,23 @@ def judge(completions):
     return [len(row.completion[0].content) + 100.0 * (row.task == "b") for row in completions]
 
 
-def run(folders, *names, **changes):
-    options = OPTIONS | changes
-    return judge_policies(
-        [folders / name for name in names], [str(folders / "pairs.jsonl")], judge, tasks=["a", "b"], **options
-    )
+@pytest.fixture
+def run(folders, tmp_path_factory):
+    def judge_in(*names, out=None, pairs=folders / "pairs.jsonl", **changes):
+        settings = JudgeSettings(
+            policies=[str(folders / name) for name in names],
+            reward_model="unused",
+            prompts_of=[str(pairs)],
+            out=str(out or tmp_path_factory.mktemp("judged")),
+            **OPTIONS | changes,
+        )
+        return judge_policies(settings, judge, tasks=["a", "b"])
+
+    return judge_in
 
 
-def test_an_adapter_that_changes_nothing_ties_with_the_base(folders):
-    found = run(folders, "lora", "pmol")
+def test_an_adapter_that_changes_nothing_ties_with_the_base(run):
+    found = run("lora", "pmol")
     for row in found.answers:
         assert row.answers["lora"] == row.answers["base"]
     for name in ("a", "b"):
@@ -62,8 +70,8 @@ def test_an_adapter_that_changes_nothing_ties_with_the_base(folders):
     assert any(row.answers["pmol"] != row.answers["base"] for row in found.answers)
 
 
-def test_the_numbers_are_those_of_the_answers_beside_them(folders):
-    found = run(folders, "pmol")
+def test_the_numbers_are_those_of_the_answers_beside_them(run):
+    found = run("pmol")
     for name in ("a", "b"):
         rows = [row for row in found.answers if row.preference == name]
         assert len({row.prompt for row in rows}) == len(rows) == 5
@@ -80,48 +88,92 @@ def test_the_numbers_are_those_of_the_answers_beside_them(folders):
     assert {row.preference for row in found.answers} == {"a", "b"}
 
 
-def test_an_answer_without_text_loses_to_any_other_and_has_no_reward(folders, monkeypatch):
+def test_an_answer_without_text_loses_to_any_other_and_has_no_reward(run, monkeypatch):
     def answers(model, tokenizer, prompts, *, label, **_):
         is_base = "without adapter" in label
         return ["x", " ", "x", "", "xx"] * 2 if is_base else ["", "x", "xx", "\n", "x"] * 2
 
     monkeypatch.setattr(judged, "sample_answers", answers)
-    found = run(folders, "pmol").policies["pmol"]["a"]
+    found = run("pmol").policies["pmol"]["a"]
     # Loses, wins, wins, ties, loses.
     assert found.wins.value == pytest.approx(0.5)
     assert (found.empty, found.prompts) == (2, 5)
     assert found.reward.value == pytest.approx(4 / 3)
 
 
-def test_no_text_at_all_has_no_reward(folders, monkeypatch):
+def test_no_text_at_all_has_no_reward(run, monkeypatch):
     monkeypatch.setattr(judged, "sample_answers", lambda *_, **__: [""] * 10)
-    found = run(folders, "pmol").policies["pmol"]["b"]
+    found = run("pmol").policies["pmol"]["b"]
     assert found.reward is None
     assert (found.wins.value, found.empty) == (0.5, 5)
 
 
-def test_steering_changes_answers_and_plain_adapters_refuse_it(folders):
-    plain, steered = run(folders, "pmol"), run(folders, "pmol", weights={"a": 50.0, "b": 0.0})
+def test_steering_changes_answers_and_plain_adapters_refuse_it(run):
+    plain, steered = run("pmol"), run("pmol", prefer={"a": 50.0, "b": 0.0})
     assert [row.answers["base"] for row in plain.answers] == [row.answers["base"] for row in steered.answers]
     assert [row.answers["pmol"] for row in plain.answers] != [row.answers["pmol"] for row in steered.answers]
     with pytest.raises(ConfigError, match="lora: is no PMoL adapter, it cannot be steered"):
-        run(folders, "lora", weights={"a": 2.0})
+        run("lora", prefer={"a": 2.0})
 
 
-def test_two_policies_of_one_name(folders):
+def test_a_stopped_run_goes_on_with_the_policy_whose_answers_are_missing(run, tmp_path, monkeypatch):
+    whole = run("lora", "pmol", out=tmp_path / "whole")
+    assert Judgement.model_validate_json((tmp_path / "whole" / RESULT).read_bytes()) == whole
+    real, asked = judged.sample_answers, []
+
+    def stops_at_pmol(*args, label, **options):
+        asked.append(label)
+        if asked == ["answers of the model without adapter", "answers of lora", "answers of pmol"]:
+            raise KeyboardInterrupt
+        return real(*args, label=label, **options)
+
+    monkeypatch.setattr(judged, "sample_answers", stops_at_pmol)
+    with pytest.raises(KeyboardInterrupt):
+        run("lora", "pmol", out=tmp_path / "parts")
+    assert run("lora", "pmol", out=tmp_path / "parts") == whole
+    assert asked[3:] == ["answers of pmol"]
+    with pytest.raises(ConfigError, match="parts holds a run with another config"):
+        run("lora", "pmol", out=tmp_path / "parts", seed=1)
+
+
+def test_an_adapter_that_was_trained_anew_is_not_mixed_with_the_answers_of_the_old_one(
+    run, folders, tmp_path
+):
+    run("pmol", out=tmp_path / "run")
+    kept = (folders / "pmol" / "adapter_model.safetensors").read_bytes()
+    try:
+        (folders / "pmol" / "adapter_model.safetensors").write_bytes(
+            (folders / "lora" / "adapter_model.safetensors").read_bytes()
+        )
+        with pytest.raises(DataError, match="policy pmol changed since this run began"):
+            run("pmol", out=tmp_path / "run")
+    finally:
+        (folders / "pmol" / "adapter_model.safetensors").write_bytes(kept)
+
+
+@pytest.mark.parametrize("wrong", [("lora", {"a": 2.0}), ("pmol", {"c": 2.0}), ("nothing", {})])
+def test_what_is_refused_leaves_no_run_folder_in_the_way(run, tmp_path, wrong):
+    name, weights = wrong
+    with pytest.raises((ConfigError, CheckpointError)):
+        run(name, prefer=weights, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run("lora", out=tmp_path / "run")
+
+
+def test_two_policies_of_one_name(run):
     with pytest.raises(
         ConfigError, match="policies need different names, none of them 'base'; got pmol, pmol"
     ):
-        run(folders, "pmol", "pmol")
+        run("pmol", "pmol")
 
 
-def test_preferences_that_the_judge_does_not_know(folders, tmp_path):
+def test_preferences_that_the_judge_does_not_know(run, tmp_path):
     write_rows(tmp_path / "c.jsonl", [{"prompt": "q", "chosen": "y", "rejected": "n", "preference": "c"}])
     with pytest.raises(ConfigError, match="knows none of the preferences c; its tasks are a, b"):
-        judge_policies([folders / "pmol"], [str(tmp_path / "c.jsonl")], judge, tasks=["a", "b"], **OPTIONS)
+        run("pmol", pairs=tmp_path / "c.jsonl")
     write_rows(tmp_path / "d.jsonl", [{"prompt": "q", "chosen": "y", "rejected": "n"}])
     with pytest.raises(DataError, match="no row has a 'preference'"):
-        judge_policies([folders / "pmol"], [str(tmp_path / "d.jsonl")], judge, tasks=["a", "b"], **OPTIONS)
+        run("pmol", pairs=tmp_path / "d.jsonl")
 
 
 @pytest.mark.parametrize("batch_rows", [1, 2, 16])

@@ -148,36 +148,44 @@ def judge(
     files: Annotated[
         list[str], typer.Option("--prompts-of", metavar="FILE", help="Pairs whose prompts are answered.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="JSON", help="All numbers and answers.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Run folder; judged.json holds all answers.")
+    ],
     prefer: Prefer = None,
     limit: Annotated[int, typer.Option(min=1, help="Prompts of each preference.")] = 50,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of draws and sampling.")] = 0,
 ) -> None:
-    """Let policies answer prompts, and a reward model compare the answers with those of the model without adapter."""
+    """Let policies answer prompts, and a reward model compare the answers with those of the model without adapter.
+
+    A run that was stopped goes on with the same command, from the policy whose answers are missing.
+    """
     weights = _weights(prefer)
 
-    from prefmoe.evaluation.files import write_text
-    from prefmoe.policy.judged import judge_policies
+    from prefmoe.policy.judged import RESULT, JudgeSettings, judge_policies
     from prefmoe.reward.score import RewardModel
 
-    scorer, progress = RewardModel.load(reward_model), StepProgress()
-    judgement = judge_policies(
-        models,
-        files,
-        lambda rows: [report.reward for report in scorer.score(rows, routing="given", progress=progress)],
-        tasks=scorer.model.config.task_names,
-        weights=weights,
+    settings = JudgeSettings(
+        policies=[str(folder) for folder in models],
+        reward_model=str(reward_model),
+        prompts_of=files,
+        prefer=weights,
         prompts_per_preference=limit,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        out=str(out),
+    )
+    scorer, progress = RewardModel.load(reward_model), StepProgress()
+    judgement = judge_policies(
+        settings,
+        lambda rows: [report.reward for report in scorer.score(rows, routing="given", progress=progress)],
+        tasks=scorer.model.config.task_names,
         progress=progress,
     )
-    write_text(out, judgement.model_dump_json(indent=1))
     Console(stderr=True).print(_judgement_table(judgement))
-    typer.echo(str(out))
+    typer.echo(str(out / RESULT))
 
 
 @app.command()

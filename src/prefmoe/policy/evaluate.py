@@ -81,13 +81,18 @@ def evaluate_policies(bench: PolicyBench, folders: Mapping[str, Path]) -> tuple[
         margins, seconds=bench.run.seconds(), prompt_ids=prompts, subject=subject, seed=bench.settings.seed
     )
     minimum = {m: min(task.accuracy for task in found.tasks.values()) for m, found in metrics.methods.items()}
-    steering = _steering(bench, folders["pmol"]) if "pmol" in folders else {}
-    report = PolicyReport(
-        minimum=minimum, group_accuracy=accuracy, costs=read_costs(bench.run.folder), steering=steering
-    )
+    report = PolicyReport(minimum=minimum, group_accuracy=accuracy, costs=read_costs(bench.run.folder))
+    _write(bench, metrics, report)  # before the steering, which takes long
+    if "pmol" in folders:
+        report = report.model_copy(update={"steering": _steering(bench, folders["pmol"])})
+        metrics = metrics.model_copy(update={"seconds": bench.run.seconds()})
+        _write(bench, metrics, report)
+    return metrics, report
+
+
+def _write(bench: PolicyBench, metrics: Metrics, report: PolicyReport) -> None:
     write_metrics(metrics, bench.run.folder / "metrics.json")
     write_text(bench.run.folder / "policy.json", report.model_dump_json(indent=1))
-    return metrics, report
 
 
 def _by_preference(bench: PolicyBench, pairs: TokenPairs, margins: Tensor) -> dict[str, list[float]]:

@@ -1,26 +1,31 @@
 """Sampled answers of policies, judged by a reward model: what log-probabilities of given answers cannot show."""
 
+import contextlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from peft import PeftModel
-from pydantic import BaseModel
-from transformers import PreTrainedTokenizerBase
+from pydantic import BaseModel, Field, TypeAdapter
 
 from prefmoe.data.read import read_pairs
 from prefmoe.data.render import Renderer
 from prefmoe.errors import ConfigError, DataError
 from prefmoe.evaluation.accuracy import bootstrap_interval
+from prefmoe.evaluation.files import write_text
 from prefmoe.policy.pairs import draw, preference_of
 from prefmoe.policy.sampling import sample_answers
-from prefmoe.policy.saved import load_saved, longest_prompt, steer
+from prefmoe.policy.saved import adapter_hash, load_saved, longest_prompt, saved_config
 from prefmoe.records import Completion, Message, PreferencePair
+from prefmoe.runs.inputs import hash_of
 from prefmoe.runs.progress import Progress, silent
+from prefmoe.runs.run import Run
+from prefmoe.runs.settings import Section
 
 BASE = "base"
+RESULT = "judged.json"
 Judge = Callable[[Sequence[Completion]], Sequence[float]]
+_TEXTS = TypeAdapter(list[str])
 
 
 class Estimate(BaseModel):
@@ -64,91 +69,128 @@ class Judgement(BaseModel):
     answers: list[AnsweredPrompt]
 
 
-def judge_policies(
-    folders: Sequence[Path],
-    files: Sequence[str],
-    judge: Judge,
-    *,
-    tasks: Sequence[str],
-    weights: Mapping[str, float],
-    prompts_per_preference: int,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    progress: Progress = silent,
-) -> Judgement:
-    """Lets policies and the model below them answer the same prompts, and a judge reward the answers.
+class JudgeSettings(Section):
+    """What is compared; kept in the run folder, so that the same command goes on and another is refused.
 
-    Args:
-        folders: Of adapters on the same language model.
-        files: Pairs, of which the prompts are used; a row's preference is its column `preference`, or else `task`.
-        judge: Gives every completion a reward; its `task` is the preference.
-        tasks: Those that the judge knows.
-        weights: What PMoL policies are steered with.
+    Attributes:
+        policies: Folders of adapters on the same language model.
+        reward_model: Folder of the judge.
+        prompts_of: Files of pairs, of which the prompts are used; a row's preference is its column `preference`, or
+            else `task`.
+        prefer: What PMoL policies are steered with.
         prompts_per_preference: Drawn by `seed`, each prompt once.
         max_new_tokens: Longest answer.
         temperature: Of sampling; 0 takes the likeliest token.
         seed: Of draws and sampling.
+        out: The run folder.
+    """
+
+    policies: list[str]
+    reward_model: str
+    prompts_of: list[str]
+    prefer: dict[str, float] = Field(default_factory=dict)
+    prompts_per_preference: int = Field(50, ge=1)
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    seed: int = 0
+    out: str
+
+
+def judge_policies(
+    settings: JudgeSettings, judge: Judge, *, tasks: Sequence[str], progress: Progress = silent
+) -> Judgement:
+    """Lets policies and the model below them answer the same prompts, and a judge reward the answers.
+
+    The answers of each policy are a step of the run: the same call goes on with the next policy where it was stopped.
+
+    Args:
+        settings: What is compared.
+        judge: Gives every completion a reward; its `task` is the preference.
+        tasks: Those that the judge knows.
         progress: Shows how far it is.
 
+    Returns:
+        What `judged.json` in the run folder holds.
+
     Raises:
-        ConfigError: Two folders of one name, or a preference that the judge has no task for.
+        ConfigError: Two folders of one name, a preference that the judge has no task for, or a run folder with
+            another comparison in it.
         CheckpointError: A folder holds no policy.
     """
-    names = [folder.name for folder in folders]
-    if len(set(names)) < len(names) or BASE in names:
-        raise ConfigError(f"policies need different names, none of them {BASE!r}; got {', '.join(names)}")
-    pairs = _draw_prompts(files, tasks, limit=prompts_per_preference, seed=seed)
-    answers: dict[str, list[str]] = {}
-    for folder in folders:
-        model, tokenizer = load_saved(folder)
-        steer(model, weights, folder)
-        sample = partial(
-            _answers,
-            model,
-            tokenizer,
-            pairs,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            progress=progress,
-        )
-        if BASE not in answers:
-            with model.disable_adapter():
-                answers[BASE] = sample(label="answers of the model without adapter")
-        answers[folder.name] = sample(label=f"answers of {folder.name}")
+    folders = {Path(folder).name: Path(folder) for folder in settings.policies}
+    if len(folders) < len(settings.policies) or BASE in folders:
+        names = ", ".join(Path(folder).name for folder in settings.policies)
+        raise ConfigError(f"policies need different names, none of them {BASE!r}; got {names}")
+    pairs = _draw_prompts(settings, tasks)
+    for folder in folders.values():
+        saved_config(folder, settings.prefer)  # before there is a run folder
+    run = Run(settings)
+    run.check_inputs(
+        {"the prompts": hash_of(f"{preference_of(pair)} {pair.prompt}" for pair in pairs)}
+        | {f"policy {name}": adapter_hash(folder) for name, folder in folders.items()}
+    )
+    answer = partial(_answers, settings, run, pairs, progress=progress)
+    answers = {BASE: answer(next(iter(folders.values())), name=None)}
+    for name, folder in folders.items():
+        answers[name] = answer(folder, name=name)
     rewards = {name: _rewards(judge, pairs, texts) for name, texts in answers.items()}
-    return Judgement(policies=_compare(pairs, rewards, seed=seed), answers=_rows(pairs, answers, rewards))
+    judgement = Judgement(
+        policies=_compare(pairs, rewards, seed=settings.seed), answers=_rows(pairs, answers, rewards)
+    )
+    write_text(run.folder / RESULT, judgement.model_dump_json(indent=1))
+    return judgement
 
 
-def _draw_prompts(
-    files: Sequence[str], tasks: Sequence[str], *, limit: int, seed: int
-) -> list[PreferencePair]:
+def _draw_prompts(settings: JudgeSettings, tasks: Sequence[str]) -> list[PreferencePair]:
     """A pair for every prompt that is used."""
-    by_prompt = {pair.prompt: pair for file in files for pair in read_pairs(file, split="test")}
+    by_prompt = {pair.prompt: pair for file in settings.prompts_of for pair in read_pairs(file, split="test")}
     names = sorted({name for pair in by_prompt.values() if (name := preference_of(pair))})
     if not names:
-        raise DataError("no row has a 'preference' (or 'task')", files[0])
+        raise DataError("no row has a 'preference' (or 'task')", settings.prompts_of[0])
     known = [name for name in names if name in tasks]
     if not known:
         raise ConfigError(
             f"the reward model knows none of the preferences {', '.join(names)}; its tasks are {', '.join(tasks)}"
         )
     of_name = {n: [pair for pair in by_prompt.values() if preference_of(pair) == n] for n in known}
-    return [pair for rows in of_name.values() for pair in draw(rows, limit, seed)]
+    limit = settings.prompts_per_preference
+    return [pair for rows in of_name.values() for pair in draw(rows, limit, settings.seed)]
 
 
 def _answers(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    settings: JudgeSettings,
+    run: Run,
     pairs: Sequence[PreferencePair],
+    folder: Path,
     *,
-    max_new_tokens: int,
-    **options: Any,
+    name: str | None,
+    progress: Progress,
 ) -> list[str]:
-    renderer = Renderer(tokenizer, max_length=longest_prompt(model, max_new_tokens))
-    ids = [renderer.encode_prompt(pair.prompt).input_ids for pair in pairs]
-    return sample_answers(model, tokenizer, ids, max_new_tokens=max_new_tokens, **options)
+    """What a policy answers; without a name, the model below it."""
+
+    def compute() -> list[str]:
+        model, tokenizer = load_saved(folder, settings.prefer)
+        renderer = Renderer(tokenizer, max_length=longest_prompt(model, settings.max_new_tokens))
+        ids = [renderer.encode_prompt(pair.prompt).input_ids for pair in pairs]
+        with contextlib.nullcontext() if name else model.disable_adapter():
+            return sample_answers(
+                model,
+                tokenizer,
+                ids,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                seed=settings.seed,
+                progress=progress,
+                label=f"answers of {name}" if name else "answers of the model without adapter",
+            )
+
+    def save(file: Path, texts: list[str]) -> None:
+        file.write_text(json.dumps(texts), encoding="utf-8")
+
+    def load(file: Path) -> list[str]:
+        return _TEXTS.validate_json(file.read_bytes())
+
+    return run.step(f"answers_{name or BASE}.json", compute, save, load)
 
 
 def _rewards(judge: Judge, pairs: Sequence[PreferencePair], texts: Sequence[str]) -> list[float | None]:

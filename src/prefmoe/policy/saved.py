@@ -1,5 +1,6 @@
 """Using a saved policy: measuring it, looking inside, generating, exporting."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from prefmoe.data.render import Renderer
 from prefmoe.errors import CheckpointError, ConfigError, DataError
 from prefmoe.evaluation.files import write_text
 from prefmoe.evaluation.metrics import Metrics, build_metrics
+from prefmoe.nn import steering_factors
 from prefmoe.policy.bench import load_language_model, load_tokenizer
+from prefmoe.policy.config import PMoLConfig
 from prefmoe.policy.evaluate import implicit_margins
 from prefmoe.policy.export import ExportReport, export_lora, mean_weights
 from prefmoe.policy.inspect import RoutingTable, inspect_routing
@@ -26,16 +29,33 @@ from prefmoe.records import Message
 from prefmoe.runs.progress import Progress, silent
 
 
-def load_saved(folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """A trained policy with its tokenizer.
+def saved_config(folder: Path, weights: Mapping[str, float] | None = None) -> PeftConfig:
+    """The config of a trained policy, before its model is loaded.
 
     Raises:
-        CheckpointError: The folder holds no adapter, a damaged one, or one of another language model.
+        CheckpointError: The folder holds no adapter.
+        ConfigError: There are weights to steer with, but it cannot be steered by them.
     """
     if not (folder / "adapter_config.json").exists():
         raise CheckpointError(f"{folder}: holds no adapter; expected a folder such as runs/policy/pmol")
     config = PeftConfig.from_pretrained(folder)
-    name = config.base_model_name_or_path or ""
+    if weights and not isinstance(config, PMoLConfig):
+        raise ConfigError(f"{folder}: is no PMoL adapter, it cannot be steered; leave --prefer out")
+    if isinstance(config, PMoLConfig):
+        steering_factors(dict(weights or {}), config.layout)
+    return config
+
+
+def load_saved(
+    folder: Path, weights: Mapping[str, float] | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """A trained policy, steered by preference weights, with its tokenizer.
+
+    Raises:
+        CheckpointError: The folder holds no adapter, a damaged one, or one of another language model.
+        ConfigError: There are weights to steer with, but it cannot be steered by them.
+    """
+    name = saved_config(folder, weights).base_model_name_or_path or ""
     base = load_language_model(ModelSettings(name=name))
     try:
         model = PeftModel.from_pretrained(base, folder)
@@ -45,20 +65,18 @@ def load_saved(folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         raise CheckpointError(
             f"{folder}: damaged, or not for {name}: {str(problem).splitlines()[0]}"
         ) from problem
+    if weights:
+        model.base_model.set_preference_weights(weights)
     where = str(folder) if (folder / "tokenizer_config.json").exists() else name
     return model.eval(), load_tokenizer(where)
 
 
-def steer(model: PeftModel, weights: Mapping[str, float], folder: Path) -> None:
-    """Sets preference weights.
-
-    Raises:
-        ConfigError: There are some, but the adapter in the folder is not PMoL's.
-    """
-    if isinstance(model.base_model, PMoLModel):
-        model.base_model.set_preference_weights(weights)
-    elif weights:
-        raise ConfigError(f"{folder}: is no PMoL adapter, it cannot be steered; leave --prefer out")
+def adapter_hash(folder: Path) -> str:
+    """16 hex digits that identify a saved adapter: its config and its weights."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("adapter_*")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def longest_prompt(model: PeftModel, max_new_tokens: int) -> int:
@@ -77,13 +95,12 @@ def evaluate_saved(
     progress: Progress = silent,
 ) -> tuple[Metrics, RoutingTable | None]:
     """Accuracy of implicit rewards by preference, and for PMoL its routing."""
-    model, tokenizer = load_saved(folder)
+    model, tokenizer = load_saved(folder, weights)
     pairs = _read(files, tokenizer, max_length=max_length)
     with model.disable_adapter():
         reference = completion_logps(model, pairs.texts(), progress=progress, label="reference")
     preferences = [row.preference for row in pairs.rows]
     table = None
-    steer(model, weights, folder)
     if isinstance(model.base_model, PMoLModel):
         found = inspect_routing(model, pairs.texts(), preferences * 2, progress=progress, label="policy")
         logps, table = found.logps, found.table
@@ -123,8 +140,7 @@ def answer(
     seed: int,
 ) -> Iterator[str]:
     """Answers, one prompt after the other."""
-    model, tokenizer = load_saved(folder)
-    steer(model, weights, folder)
+    model, tokenizer = load_saved(folder, weights)
     renderer = Renderer(tokenizer, max_length=longest_prompt(model, max_new_tokens))
     for number, prompt in enumerate(prompts):
         ids = renderer.encode_prompt((Message("user", prompt),)).input_ids
