@@ -83,6 +83,18 @@ def test_concurrency_is_that_of_all_processes_together(tmp_path):
     assert 3 < server.most_open <= 6  # more than the share of one process
 
 
+def test_calls_made_ahead_wait_for_a_connection_as_long_as_it_takes():
+    def slow(_):
+        response = completion("1")
+        response.delay = 0.3
+        return response
+
+    with JudgeServer(slow) as server:
+        found = outcomes(server, *[question() for _ in range(5)], concurrency=1, timeout=0.6)
+        assert server.most_open == 1
+    assert [reply.answers["wit"].choice for reply in found] == ["1"] * 5
+
+
 @pytest.mark.parametrize(
     ("reply", "kind", "wait", "words"),
     [

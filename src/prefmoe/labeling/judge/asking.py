@@ -40,6 +40,7 @@ class Manners:
     Attributes:
         concurrency: Calls under way at the same time.
         requests_per_minute, tokens_per_minute: None is no limit.
+        ahead: Further calls that are made ready meanwhile, and wait where `asked` bounds those under way itself.
         backoff: What happens after a fault.
     """
 
@@ -48,6 +49,7 @@ class Manners:
     tokens_per_minute: float | None = None
     backoff: Backoff = field(default_factory=Backoff)
     prices: Prices = field(default_factory=Prices)
+    ahead: int = 0
 
 
 class Asking:
@@ -91,7 +93,8 @@ class Asking:
                 await self._work(
                     only_one=True
                 )  # alone: a wrong key or an unknown option costs one call, not 64
-                await asyncio.gather(*(self._work() for _ in range(self._manners.concurrency)))
+                workers = self._manners.concurrency + self._manners.ahead
+                await asyncio.gather(*(self._work() for _ in range(workers)))
         if self._problem is not None:
             raise self._problem
         if self._interrupted:

@@ -75,7 +75,7 @@ class Callers:
     async def running(self) -> AsyncIterator["Callers"]:
         """Starts the processes, and ends them."""
         async with contextlib.AsyncExitStack() as stack:
-            for _ in range(self._settings.processes):
+            for _ in range(min(self._settings.processes, self._settings.concurrency)):
                 self._callers.append(await stack.enter_async_context(_caller(self._settings)))
             yield self
 

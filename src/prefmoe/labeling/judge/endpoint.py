@@ -75,6 +75,7 @@ class Endpoint:
         timeout: Seconds without an answer after which a call counts as failed.
         max_answer_tokens: Tokens of an answer on one point; models that think before they answer need more.
         confidence: Ask for the log-probabilities of the answers too.
+        connections: Calls on the wire at the same time; further ones wait, made ready, for one to come home.
 
     Raises:
         ConfigError: the `openai` package or a key is missing, or the address is none.
@@ -88,13 +89,14 @@ class Endpoint:
         timeout: float = 60.0,
         max_answer_tokens: int = 16,
         confidence: bool = False,
+        connections: int = 1024,
     ) -> None:
         self.model = model
         self.url = base_url or os.environ.get(_URL_VARIABLE) or _OPENAI
         self._key = os.environ.get(KEY_VARIABLE, "").strip()
         self._max_answer_tokens, self._confidence = max_answer_tokens, confidence
         self._dropped: set[str] = set()
-        self._client = self._connect(timeout)
+        self._client = self._connect(timeout, connections)
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -131,7 +133,7 @@ class Endpoint:
         """Most tokens that an answer may have."""
         return self._max_answer_tokens * num_points
 
-    def _connect(self, timeout: float) -> "AsyncOpenAI":
+    def _connect(self, timeout: float, connections: int) -> "AsyncOpenAI":
         try:
             import openai
         except ImportError as error:
@@ -148,15 +150,19 @@ class Endpoint:
             raise ConfigError(
                 f"base_url {self.url!r} is no address; expected one like http://127.0.0.1:8000/v1"
             )
+        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
+            max_connections=connections, max_keepalive_connections=connections
+        )
+        patience = openai.Timeout(timeout, pool=None)  # to wait for a connection is no fault of the endpoint
         try:  # the extra `prefmoe[judge]` brings aiohttp, which takes half the processor time a call
-            client = openai.DefaultAioHttpClient(timeout=timeout, follow_redirects=False)
+            client = openai.DefaultAioHttpClient(timeout=patience, limits=limits, follow_redirects=False)
         except RuntimeError:
-            client = openai.DefaultAsyncHttpxClient(timeout=timeout, follow_redirects=False)
+            client = openai.DefaultAsyncHttpxClient(timeout=patience, limits=limits, follow_redirects=False)
         return openai.AsyncOpenAI(
             api_key=self._key or _NO_KEY,
             base_url=self.url,
             max_retries=0,
-            timeout=timeout,
+            timeout=patience,
             http_client=client,
             default_headers=cast("dict[str, str]", dict.fromkeys(_UNASKED, openai.Omit())),
         )
@@ -281,6 +287,7 @@ def open_endpoint(settings: JudgeSettings) -> Endpoint:
         timeout=settings.timeout,
         max_answer_tokens=settings.max_answer_tokens,
         confidence=settings.confidence,
+        connections=max(1, settings.concurrency // settings.processes),
     )
 
 

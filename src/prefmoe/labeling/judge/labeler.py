@@ -190,12 +190,16 @@ class JudgeLabeler:
 
     async def _ask_endpoint(self, questions: Iterable[Question], count: "_Counter") -> None:
         chosen = self.settings
+        is_paced = chosen.requests_per_minute is not None or chosen.tokens_per_minute is not None
         manners = Manners(
             chosen.concurrency,
             chosen.requests_per_minute,
             chosen.tokens_per_minute,
             Backoff(chosen.attempts),
             self._prices,
+            # Several processes are there for speed: they never stand idle until an answer is read and stored. At a
+            # given pace they would only send later, and then all at once.
+            ahead=chosen.concurrency if chosen.processes > 1 and not is_paced else 0,
         )
         budget = Budget(self.store.spent(self.name), max_calls=chosen.max_calls, max_usd=chosen.max_usd)
         async with open_callers(chosen) as asked:
