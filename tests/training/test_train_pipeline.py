@@ -14,11 +14,12 @@ from prefmoe.evaluation.run_folder import read_run
 from prefmoe.evaluation.training_log import aggregator_choices, split_counts
 from prefmoe.evaluation.wording import PHASES, step_name
 from prefmoe.records import Completion
+from prefmoe.reward import evaluate
 from prefmoe.reward.assemble import rows_by_task
 from prefmoe.reward.evaluate import evaluate_saved, method_of, score_pairs
 from prefmoe.reward.model import DMoERMForSequenceClassification
 from prefmoe.reward.phases import make_folds
-from prefmoe.reward.score import RewardModel, score_texts
+from prefmoe.reward.score import RewardModel, Scores, score_texts
 from prefmoe.reward.texts import EncodedPairs
 from prefmoe.reward.train import train_models
 from recorded_run import FinishedRun
@@ -185,6 +186,24 @@ def test_what_methods_share_is_computed_once(run: FinishedRun) -> None:
     assert len(names) == len(set(names))
     assert len(run.record.router_fits) == 1
     assert run.record.trunk_texts == len(run.bench.table.texts)
+
+
+def test_task_adapters_that_two_methods_share_score_the_test_pairs_once(crossfit_run: FinishedRun) -> None:
+    labels = crossfit_run.record.labels
+    assert "test pairs, dmoerm" in labels
+    assert "test pairs, per_task" not in labels
+    steps = crossfit_run.folder / "steps"
+    assert (steps / "features_dmoerm.safetensors").exists()
+    assert not (steps / "features_per_task.safetensors").exists()
+    bench, model = crossfit_run.bench, crossfit_run.models["per_task"]
+    found = evaluate._all_test_scores(bench, crossfit_run.models)["per_task"]
+    for side, alone in zip(found, score_pairs(model, bench.trunk, bench.test), strict=True):
+        for name in Scores._fields:
+            torch.testing.assert_close(getattr(side, name), getattr(alone, name), rtol=0, atol=1e-4)
+
+
+def test_the_papers_split_has_task_adapters_of_its_own(paper_run: FinishedRun) -> None:
+    assert "test pairs, per_task" in paper_run.record.labels
 
 
 def test_crossfit_ends_with_the_adapters_of_per_task(crossfit_run: FinishedRun) -> None:

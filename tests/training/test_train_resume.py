@@ -84,7 +84,7 @@ def test_kills_hit_where_they_should(killed: Killed) -> None:
     assert not has("phase3", "steps/features_half1")
     assert "metrics.json" not in killed.seen["saving"]
     assert has("measuring", "dmoerm/model.safetensors")
-    assert has("measuring", "steps/test_per_task")
+    assert has("measuring", "steps/test_single_wide")
 
 
 @pytest.mark.parametrize("step", ["router", "single_wide", "shared", "phase1", "phase2"])

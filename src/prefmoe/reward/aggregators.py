@@ -61,6 +61,11 @@ class ExpertFeatures:
         rows = [row for row, wanted in zip(self.rows, mask.tolist(), strict=True) if wanted]
         return ExpertFeatures(self.states[mask], self.scores[mask], rows, self.units)
 
+    def of_task_adapter(self) -> "ExpertFeatures":
+        """What the first expert alone says: the task adapter."""
+        units = Units(*(values[:1] for values in self.units))
+        return ExpertFeatures(self.states[:, :, :1], self.scores[:, :, :1], self.rows, units)
+
     def accuracy(self, aggregator: nn.Module) -> float:
         """Mean of `hits`; 0.5 without pairs."""
         return self.hits(aggregator).mean().item() if len(self.rows) else 0.5

@@ -99,6 +99,17 @@ def expert_features(
     return features
 
 
+def expert_states(
+    bench: Workbench, trained: Mapping[str, TrainedExpert], fold: str
+) -> dict[str, ExpertState]:
+    """States of the experts of a fold, every task's adapter before its capabilities, by `expert_name` without fold."""
+    return {
+        expert_name(task, name): trained[expert_name(task, name, fold)].state
+        for task, points in bench.tasks.items()
+        for name in ("", *points)
+    }
+
+
 def build_experts(bench: Workbench, states: Sequence[ExpertState], *, rank: int | None = None) -> Experts:
     """Experts with these states, on the backbone's device; not attached."""
     on_deltas = any(key.endswith(".delta") for key in states[0])
@@ -131,11 +142,7 @@ def choose_aggregators(
     """
     held_out: dict[str, list[ExpertFeatures]] = {task: [] for task in bench.tasks}
     for fold in folds:
-        states = {
-            expert_name(task, name): trained[expert_name(task, name, fold.name)].state
-            for task, points in bench.tasks.items()
-            for name in ("", *points)
-        }
+        states = expert_states(bench, trained, fold.name)
         rows = rows_by_task(bench, "train", fold)
         found = expert_features(
             bench, states, bench.tasks, rows, name=fold.name, label=f"held-out pairs, {fold.name}"

@@ -62,7 +62,7 @@ def prompts_by_task(encoded: EncodedPairs) -> dict[str, list[str]]:
 def evaluate_models(bench: Workbench, models: Models) -> Metrics:
     """Measures all models on the test pairs and writes metrics.json and the report's other files."""
     warn_of_unknown_tasks(bench.test.pairs, list(bench.tasks))
-    scores = {method: _test_scores(bench, method, model) for method, model in models.items()}
+    scores = _all_test_scores(bench, models)
     files: dict[str, BaseModel | Mapping[str, BaseModel] | Sequence[BaseModel]] = {}
     routed = next((m for m in ("dmoerm", "per_task") if m in models), None)
     router_accuracy = None
@@ -86,6 +86,28 @@ def evaluate_models(bench: Workbench, models: Models) -> Metrics:
             write_run_file(bench.run.folder / name, content)
         write_metrics(metrics, bench.run.folder / "metrics.json")
     return metrics
+
+
+def _all_test_scores(bench: Workbench, models: Models) -> dict[Method, tuple[Scores, Scores]]:
+    """By method, in the order of `models`; task adapters that two methods share score the pairs once."""
+    per_task = models.get("per_task")
+    is_shared = per_task is not None and "dmoerm" in models and bench.settings.phase3.split == "crossfit"
+    found = {
+        method: _test_scores(bench, method, model)
+        for method, model in models.items()
+        if not (is_shared and method == "per_task")
+    }
+    if per_task is not None and is_shared:
+        chosen, rejected = (_by_task_adapters(per_task, side) for side in found["dmoerm"])
+        found["per_task"] = chosen, rejected
+    return {method: found[method] for method in models}
+
+
+def _by_task_adapters(per_task: DMoERMForSequenceClassification, found: Scores) -> Scores:
+    """What `per_task` says of texts that DMoERM has scored with the same router, task adapters and units."""
+    device = per_task.reward_mean.device
+    rewards = per_task.in_units(found.heads.to(device), found.task_ids.to(device)).cpu()
+    return found._replace(rewards=rewards, capabilities=found.capabilities[:, :0])
 
 
 def _test_scores(
@@ -205,7 +227,7 @@ def correlations(
 ) -> dict[str, ExpertCorrelation]:
     """Pearson correlation of the reward and the capability scores over the test texts of every task."""
     both = [torch.cat([a, b]) for a, b in zip(chosen, rejected, strict=True)]
-    rewards, task_ids, _, capabilities = both
+    rewards, task_ids, _, capabilities, _ = both
     found: dict[str, ExpertCorrelation] = {}
     for task_id, task in enumerate(model.config.task_names):
         columns = [i for i, (owner, _) in enumerate(model.capability_names) if owner == task]

@@ -35,6 +35,7 @@ class RewardOutput(ModelOutput):
         task_ids: Task whose experts were used (most probable one with soft routing), shape (batch,).
         capability_scores: Standardized score of every capability of every task, shape (batch, capabilities) in the
             order of `model.capability_names`; NaN where the capability's task was not used.
+        head_scores: Standardized score by the used task's own adapter, before aggregation, shape (batch,).
     """
 
     loss: Tensor | None = None
@@ -42,6 +43,7 @@ class RewardOutput(ModelOutput):
     task_probs: Tensor = None  # type: ignore[assignment]
     task_ids: Tensor = None  # type: ignore[assignment]
     capability_scores: Tensor = None  # type: ignore[assignment]
+    head_scores: Tensor = None  # type: ignore[assignment]
 
 
 class TaskRewards(NamedTuple):
@@ -207,11 +209,15 @@ class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
                 rewards[texts, task_id] = said.rewards
                 scores[torch.tensor(texts)[:, None], torch.tensor(self.config.experts_of(task))] = said.scores
         capabilities = scores[:, [row for row, (_, name) in enumerate(self.config.experts) if name]]
+        heads = torch.tensor(
+            [self.config.experts_of(task)[0] for task in self.config.tasks], device=scores.device
+        )
         return RewardOutput(
             logits=(rewards * routed.weights).sum(-1, keepdim=True),
             task_probs=routed.probs,
             task_ids=routed.task_ids,
             capability_scores=capabilities,
+            head_scores=scores.gather(1, heads[routed.task_ids, None])[:, 0],
         )
 
     def _task_states(
@@ -245,10 +251,13 @@ class DMoERMForSequenceClassification(ArtefactMixin, PreTrainedModel):
         scores = (states * self.experts.head_weight[ids]).sum(-1) + self.experts.head_bias[ids]
         scores = (scores - self.score_mean[ids]) / self.score_std[ids]
         states = (states - self.state_mean[ids]) / self.state_std[ids]
-        rewards = self.aggregators[task_id](states, scores)
-        if self.config.standardize:
-            rewards = (rewards - self.reward_mean[task_id]) / self.reward_std[task_id]
-        return TaskRewards(rewards, scores)
+        return TaskRewards(self.in_units(self.aggregators[task_id](states, scores), task_id), scores)
+
+    def in_units(self, rewards: Tensor, task_ids: int | Tensor) -> Tensor:
+        """What aggregators give, in the units that rewards are given in: standardized if the config says so."""
+        if not self.config.standardize:
+            return rewards
+        return (rewards - self.reward_mean[task_ids]) / self.reward_std[task_ids]
 
 
 def find_prompt_lengths(token_ids: Tensor, lengths: Tensor, marker: list[int]) -> Tensor:

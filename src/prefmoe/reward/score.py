@@ -26,6 +26,7 @@ class Scores(NamedTuple):
     task_ids: Tensor  # (texts,)
     task_probs: Tensor  # (texts, tasks)
     capabilities: Tensor  # (texts, capabilities), NaN where the task was not used
+    heads: Tensor  # (texts,) by the task's own adapter, before aggregation
 
 
 @torch.inference_mode()
@@ -57,6 +58,7 @@ def score_texts(
         torch.empty(len(texts), dtype=torch.long),
         torch.empty(len(texts), len(config.tasks)),
         torch.empty(len(texts), len(model.capability_names)),
+        torch.empty(len(texts)),
     )
     with progress(label, sum(len(text.input_ids) for text in encoded)) as advance:
         for batch in packed_batches(encoded, trunk.batch_tokens, hidden=trunk.hidden):
@@ -67,6 +69,7 @@ def score_texts(
             scores.task_ids[batch] = output.task_ids.cpu()
             scores.task_probs[batch] = output.task_probs.cpu()
             scores.capabilities[batch] = output.capability_scores.cpu()
+            scores.heads[batch] = output.head_scores.cpu()
             advance(sum(len(encoded[i].input_ids) for i in batch))
     return scores
 

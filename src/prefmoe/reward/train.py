@@ -1,14 +1,14 @@
 """`prefmoe reward train`: all methods of a config, from pairs to saved models and metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from prefmoe.nn import TaskRouter
+from prefmoe.reward.aggregators import ExpertFeatures
 from prefmoe.reward.assemble import (
-    TaskRows,
     assemble_model,
     choose_aggregators,
     expert_features,
+    expert_states,
     rows_by_task,
 )
 from prefmoe.reward.experts import ExpertState
@@ -56,12 +56,22 @@ def train_models(bench: Workbench) -> Models:
         models["single_wide"] = _one_expert_model(bench, wide.state, name="single_wide", rank=rank)
     if "single" in methods:
         models["single"] = _one_expert_model(bench, trained["single@"].state, name="single")
-    if "per_task" in methods:
-        models["per_task"] = _per_task_model(bench, trained, router)
+    known = None
     if folds:
-        models["dmoerm"] = _dmoerm_model(
-            bench, folds, trained, router, final=ALL if crossfit else folds[0].name
+        states = expert_states(bench, trained, ALL if crossfit else folds[0].name)
+        features = _validation_features(bench, states, bench.tasks, name="dmoerm")
+        if crossfit:
+            known = {task: found.of_task_adapter() for task, found in features.items()}
+        with bench.run.clock("phase3"):
+            kept = choose_aggregators(bench, folds, trained, final=states, validation=features)
+        models["dmoerm"] = assemble_model(
+            bench, bench.tasks, states, features, router=router, aggregators=kept
         )
+    if "per_task" in methods:
+        tasks: dict[str, list[str]] = {task: [] for task in bench.tasks}
+        states = {expert_name(task): trained[expert_name(task)].state for task in tasks}
+        features = known or _validation_features(bench, states, tasks, name="per_task")
+        models["per_task"] = assemble_model(bench, tasks, states, features, router=router)
     if bench.run.is_main:
         for method, model in models.items():
             save_model(bench, model, bench.run.folder / method)
@@ -92,10 +102,6 @@ def save_model(bench: Workbench, model: DMoERMForSequenceClassification, folder:
     bench.tokenizer.save_pretrained(folder)
 
 
-def _validation_rows(bench: Workbench) -> TaskRows:
-    return rows_by_task(bench, "validation")
-
-
 def _one_expert_model(
     bench: Workbench, state: ExpertState, *, name: str, rank: int | None = None
 ) -> DMoERMForSequenceClassification:
@@ -108,33 +114,12 @@ def _one_expert_model(
     return assemble_model(bench, tasks, states, features, rank=rank)
 
 
-def _per_task_model(
-    bench: Workbench, trained: Mapping[str, TrainedExpert], router: TaskRouter
-) -> DMoERMForSequenceClassification:
-    tasks: dict[str, list[str]] = {task: [] for task in bench.tasks}
-    states = {expert_name(task): trained[expert_name(task)].state for task in tasks}
-    features = expert_features(
-        bench, states, tasks, _validation_rows(bench), name="per_task", label="validation pairs, per task"
-    )
-    return assemble_model(bench, tasks, states, features, router=router)
-
-
-def _dmoerm_model(
+def _validation_features(
     bench: Workbench,
-    folds: list[Fold],
-    trained: Mapping[str, TrainedExpert],
-    router: TaskRouter,
+    states: Mapping[str, ExpertState],
+    tasks: Mapping[str, Sequence[str]],
     *,
-    final: str,
-) -> DMoERMForSequenceClassification:
-    states = {
-        expert_name(task, name): trained[expert_name(task, name, final)].state
-        for task, points in bench.tasks.items()
-        for name in ("", *points)
-    }
-    features = expert_features(
-        bench, states, bench.tasks, _validation_rows(bench), name="dmoerm", label="validation pairs, DMoERM"
-    )
-    with bench.run.clock("phase3"):
-        aggregators = choose_aggregators(bench, folds, trained, final=states, validation=features)
-    return assemble_model(bench, bench.tasks, states, features, router=router, aggregators=aggregators)
+    name: Method,
+) -> dict[str, ExpertFeatures]:
+    rows = rows_by_task(bench, "validation")
+    return expert_features(bench, states, tasks, rows, name=name, label=f"validation pairs, {name}")
