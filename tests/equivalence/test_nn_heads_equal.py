@@ -80,13 +80,13 @@ def test_bfloat16_experts_are_aggregated_in_float32(kind):
     assert torch.equal(rewards, aggregator(states.float(), scores.float()))
 
 
-@pytest.mark.parametrize("extras", [False, True], ids=["plain", "weights, labels and prior"])
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "weights, labels and offset"])
 def test_fit_bradley_terry_equals_gradient_descent(extras):
     differences = random(6, 2).detach()
     options = {}
     if extras:
         options = {"weight": torch.rand(6).double(), "label": torch.rand(6).double()}
-        options["prior"] = torch.tensor([1.0, -2.0], dtype=torch.float64)
+        options["offset"] = torch.linspace(-1.0, 2.0, 6, dtype=torch.float64)
     expected = slow.fit_bradley_terry(
         differences.tolist(), l2=0.2, **{name: value.tolist() for name, value in options.items()}
     )

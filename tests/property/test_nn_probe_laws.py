@@ -73,21 +73,28 @@ def test_copies_of_all_pairs_change_nothing(pairs, l2, copies):
 
 @laws
 @given(pair_sets(), penalties)
-def test_where_the_pairs_say_nothing_the_prior_is_the_answer(pairs, l2):
-    prior = torch.arange(1.0, pairs["differences"].shape[1] + 1, dtype=torch.float64)
+def test_where_the_pairs_say_nothing_the_weights_are_zero(pairs, l2):
     silent = {**pairs, "weight": torch.zeros_like(pairs["weight"])}
-    assert torch.equal(fit_bradley_terry(**silent, l2=l2, prior=prior), prior)
-    empty = fit_bradley_terry(pairs["differences"][:0], l2=l2, prior=prior)
-    assert torch.equal(empty, prior)
+    assert not fit_bradley_terry(**silent, l2=l2).any()
+    assert not fit_bradley_terry(pairs["differences"][:0], l2=l2).any()
 
 
 @laws
 @given(pair_sets(), penalties)
-def test_a_stronger_pull_ends_nearer_to_the_prior(pairs, l2):
-    prior = torch.ones(pairs["differences"].shape[1], dtype=torch.float64)
-    near = fit_bradley_terry(**pairs, l2=10 * l2, prior=prior)
-    far = fit_bradley_terry(**pairs, l2=l2, prior=prior)
-    assert (near - prior).norm() <= (far - prior).norm() + 1e-6
+def test_a_stronger_pull_ends_nearer_to_zero(pairs, l2):
+    near, far = fit_bradley_terry(**pairs, l2=10 * l2), fit_bradley_terry(**pairs, l2=l2)
+    assert near.norm() <= far.norm() + 1e-6
+
+
+@laws
+@given(pair_sets(), penalties)
+def test_nothing_is_left_where_the_offset_says_what_the_labels_say(pairs, l2):
+    offset = torch.linspace(-2, 2, len(pairs["label"]), dtype=torch.float64)
+    explained = {**pairs, "label": offset.sigmoid()}
+    close(
+        fit_bradley_terry(**explained, l2=l2, offset=offset),
+        torch.zeros(pairs["differences"].shape[1]).double(),
+    )
 
 
 @laws

@@ -24,7 +24,8 @@ def aggregate(kind, states, scores, parameters):
     if kind == "linear_scores":
         return dot(parameters["weight"], scores)
     if kind == "linear_states":
-        return sum(dot(w, state) for w, state in zip(parameters["weight"], states, strict=True))
+        corrections = sum(dot(w, state) for w, state in zip(parameters["weight"], states, strict=True))
+        return corrections + parameters["head"] * scores[0]
     return mlp(states, parameters)
 
 

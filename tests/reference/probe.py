@@ -16,21 +16,21 @@ def descend(gradient, start, *, step):
     raise AssertionError("gradient descent did not arrive")
 
 
-def fit_bradley_terry(differences, *, l2, weight=None, label=None, prior=None):
+def fit_bradley_terry(differences, *, l2, weight=None, label=None, offset=None):
     weight = weight or [1.0] * len(differences)
     label = label or [1.0] * len(differences)
-    prior = prior or [0.0] * len(differences[0])
+    offset = offset or [0.0] * len(differences)
     largest = max(sum(x * x for x in row) for row in differences)
 
     def gradient(solution):
-        slopes = [l2 * (w - p) for w, p in zip(solution, prior, strict=True)]
-        for row, share, q in zip(differences, weight, label, strict=True):
-            margin = sum(w * x for w, x in zip(solution, row, strict=True))
+        slopes = [l2 * w for w in solution]
+        for row, given, share, q in zip(differences, offset, weight, label, strict=True):
+            margin = given + sum(w * x for w, x in zip(solution, row, strict=True))
             error = share / sum(weight) * (1 / (1 + math.exp(-margin)) - q)
             slopes = [slope + error * x for slope, x in zip(slopes, row, strict=True)]
         return slopes
 
-    return descend(gradient, prior, step=1 / (largest / 4 + l2))
+    return descend(gradient, [0.0] * len(differences[0]), step=1 / (largest / 4 + l2))
 
 
 def fit_softmax(features, labels, *, num_classes, l2, label_smoothing, class_balanced, has_bias=True):

@@ -61,12 +61,17 @@ def test_features_that_say_nothing_get_the_strongest_penalty() -> None:
     assert torch.equal(fit_by_cross_validation(noise, rows, grid=(100.0, 1e-4)), strongest)
 
 
-def test_too_few_prompts_stay_at_the_prior() -> None:
-    prior = torch.tensor([0.5, -2.0, 0.0, 1.0])
-    few = fit_by_cross_validation(differences(2), pair_rows(2), prior, grid=(1e6, 1e-6))
-    torch.testing.assert_close(few, prior, atol=1e-3, rtol=0)
-    many = fit_by_cross_validation(differences(), pair_rows(40), prior, grid=(1e6, 1e-2))
-    assert (many - prior).abs().max() > 0.1
+def test_too_few_prompts_get_the_strongest_penalty() -> None:
+    few = fit_by_cross_validation(differences(2), pair_rows(2), grid=(1e6, 1e-6))
+    assert few.abs().max() < 1e-3
+    many = fit_by_cross_validation(differences(), pair_rows(40), grid=(1e6, 1e-2))
+    assert many.abs().max() > 0.1
+
+
+def test_only_what_the_offset_leaves_is_explained() -> None:
+    known = 5 * differences()[:, 0]  # decides every pair
+    left = fit_by_cross_validation(differences(), pair_rows(40), known, grid=GRID)
+    assert left.norm() < 0.5 * fit_by_cross_validation(differences(), pair_rows(40), grid=GRID).norm()
 
 
 def test_pairs_of_a_prompt_stay_in_one_fold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +146,7 @@ def test_joined_features_keep_every_row_in_order() -> None:
 
 
 def fit(kind: str, features: ExpertFeatures, settings: Phase3Settings = SETTINGS) -> torch.nn.Module:
-    head = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    return fit_aggregator(kind, features, head, settings=settings, seed=0)
+    return fit_aggregator(kind, features, settings=settings, seed=0)
 
 
 @pytest.mark.parametrize("kind", ["linear_scores", "linear_states", "mlp"])
@@ -249,12 +253,14 @@ def test_noise_loses_to_the_task_head_and_a_real_gain_wins(gain: float, least: f
     assert least <= kept / 500 <= most
 
 
+MANY_KINDS = SETTINGS.model_copy(update={"kinds": ["task_head", "linear_scores", "linear_states"]})
+
+
 def candidates_of(features: ExpertFeatures, *, good: int = 0, **changes: object) -> Candidates:
     """Candidates of a task whose validation pairs are decided by expert `good`."""
-    head = torch.tensor([1.0, 0.0, 0.0, 0.0])
     settings = SETTINGS.model_copy(update={"kinds": ["task_head", "linear_scores"], **changes})
     validation = expert_features(20, good=good, num_experts=features.scores.shape[-1], seed=8)
-    return fit_candidates(features, validation, head, settings=settings, seed=0)
+    return fit_candidates(features, validation, settings=settings, seed=0)
 
 
 def test_a_pair_is_judged_by_an_aggregator_that_has_not_seen_its_prompt() -> None:
@@ -265,6 +271,19 @@ def test_a_pair_is_judged_by_an_aggregator_that_has_not_seen_its_prompt() -> Non
     found = candidates_of(features)
     same_pairs = features.accuracy(found.modules["linear_scores"])
     assert found.hits["linear_scores"][:60].mean() < same_pairs
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_speaks_for_any_kind_is_chance_where_labels_are_chance(seed: int) -> None:
+    """As many numbers as pairs: whatever has seen a pair's label, such as the finished head, would be right on it."""
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(120, 2, 2, 120, generator=generator)
+    features = standardized(states, torch.randn(2, 120, generator=generator), torch.zeros(2), pair_rows(120))
+    found = fit_candidates(features, features.part(torch.zeros(120) > 0), settings=MANY_KINDS, seed=0)
+    for kind, hits in found.hits.items():
+        assert abs(hits.mean().item() - 0.5) < 0.14, kind  # three standard errors
+    seen = features.accuracy(found.modules["linear_states"])
+    assert seen > 0.75
 
 
 def test_validation_pairs_are_judged_beside_those_kept_back() -> None:

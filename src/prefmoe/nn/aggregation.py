@@ -41,21 +41,24 @@ class LinearScores(nn.Module):
 
 
 class LinearStates(nn.Module):
-    """One linear head on the states of all experts.
+    """The task adapter's score and one linear head on the states of all experts: what the score has missed.
 
     No bias: rewards are compared with each other only.
 
     Parameters it owns:
         weight: (experts, hidden), zeros.
+        head: (), 1, what the score counts; so that it starts as the task head.
     """
 
     def __init__(self, *, num_experts: int, hidden: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden))
+        self.head = nn.Parameter(torch.ones(()))
 
     def forward(self, states: ExpertStates, scores: ExpertScores) -> TextRewards:
         """Rewards; see `build_aggregator`."""
-        return torch.einsum("beh,eh->b", *_same_dtype(states, self.weight))
+        corrections = torch.einsum("beh,eh->b", *_same_dtype(states, self.weight))
+        return corrections + self.head * at_least_float32(scores[:, 0])
 
 
 class MLP(nn.Module):

@@ -21,21 +21,21 @@ def fit_bradley_terry(
     l2: float,
     weight: Rewards | None = None,
     label: Rewards | None = None,
-    prior: Float[Tensor, " features"] | None = None,
+    offset: Rewards | None = None,
 ) -> Float[Tensor, " features"]:
     r"""Weights $w$ of the linear reward $w \cdot x$ that explains preference pairs best.
 
-    The minimum of $\overline{\ell}(w) + \frac{\lambda}{2} \lVert w - w_0 \rVert^2$, where $\overline{\ell}$
+    The minimum of $\overline{\ell}(w) + \frac{\lambda}{2} \lVert w \rVert^2$, where $\overline{\ell}$
     is the weighted mean of `bradley_terry_loss` over the pairs, in nats.
 
     Args:
         differences: Features of the chosen completion minus those of the rejected one. Standardize features
             first, or `l2` means something else for each.
-        l2: Strength $\lambda$ of the pull to `prior`, above 0: then there is exactly one minimum, separable
+        l2: Strength $\lambda$ of the pull to 0, above 0: then there is exactly one minimum, separable
             data included.
         weight: Share of each pair in the mean, at least 0. None means 1.
         label: Probability in [0, 1] that the chosen completion is better. None means 1.
-        prior: Weights $w_0$ to stay near, and the answer where the pairs say nothing. None means 0.
+        offset: Margin of each pair that is given already, in nats; $w$ explains what it leaves. None means 0.
 
     Returns:
         The weights, in the dtype of `differences`, without gradient.
@@ -45,7 +45,7 @@ def fit_bradley_terry(
         DataError: `differences` hold values that are not finite.
 
     Numerics:
-        L-BFGS with strong-Wolfe line search in float64 from `prior`; deterministic.
+        L-BFGS with strong-Wolfe line search in float64 from 0; deterministic.
 
     Source:
         L2-regularized logistic regression without intercept. Slow form: tests/reference/probe.py.
@@ -57,16 +57,16 @@ def fit_bradley_terry(
     """
     _check_inputs("fit_bradley_terry", differences, l2)
     features = differences.detach().double()
-    start = features.new_zeros(features.shape[1]) if prior is None else prior.detach().double()
+    given = features.new_zeros(len(features)) if offset is None else offset.detach().double()
     weight = None if weight is None else weight.detach().double()
     label = None if label is None else label.detach().double()
 
     def objective(solution: Tensor) -> Tensor:
-        margins = features @ solution
+        margins = features @ solution + given
         fit = bradley_terry_loss(margins, torch.zeros_like(margins), weight=weight, label=label)
-        return fit + l2 / 2 * (solution - start).square().sum()
+        return fit + l2 / 2 * solution.square().sum()
 
-    return _minimize(objective, start).to(differences.dtype)
+    return _minimize(objective, features.new_zeros(features.shape[1])).to(differences.dtype)
 
 
 def fit_softmax(

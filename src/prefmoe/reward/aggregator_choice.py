@@ -37,7 +37,6 @@ class Candidates:
 def fit_candidates(
     features: ExpertFeatures,
     validation: ExpertFeatures,
-    head: Tensor,
     *,
     settings: Phase3Settings,
     seed: int,
@@ -46,17 +45,17 @@ def fit_candidates(
     folds = prompt_folds(features.rows)
     modules, hits, accuracy = {}, {}, {}
     for kind in settings.kinds if folds else settings.kinds[:1]:
-        modules[kind] = fit_aggregator(kind, features, head, settings=settings, seed=seed)
+        modules[kind] = fit_aggregator(kind, features, settings=settings, seed=seed)
         accuracy[kind] = validation.accuracy(modules[kind])
         if folds:
-            kept_back = cross_validated_hits(kind, features, head, settings=settings, seed=seed)
+            kept_back = cross_validated_hits(kind, features, settings=settings, seed=seed)
             hits[kind] = torch.cat([kept_back, validation.hits(modules[kind])])
     judged = [*(row for outside in folds for row in features.part(outside).rows), *validation.rows]
     return Candidates(modules, hits, [row.prompt for row in judged], accuracy)
 
 
 def cross_validated_hits(
-    kind: AggregatorKind, features: ExpertFeatures, head: Tensor, *, settings: Phase3Settings, seed: int
+    kind: AggregatorKind, features: ExpertFeatures, *, settings: Phase3Settings, seed: int
 ) -> Tensor:
     """Hits of a kind on `features` (pairs,), each pair judged by an aggregator that was fitted without its prompt.
 
@@ -65,7 +64,7 @@ def cross_validated_hits(
     """
     found = []
     for outside in prompt_folds(features.rows):
-        fitted = fit_aggregator(kind, features.part(~outside), head, settings=settings, seed=seed)
+        fitted = fit_aggregator(kind, features.part(~outside), settings=settings, seed=seed)
         found.append(features.part(outside).hits(fitted))
     return torch.cat(found)
 

@@ -112,20 +112,19 @@ def join_features(parts: Sequence[ExpertFeatures]) -> ExpertFeatures:
 def fit_aggregator(
     kind: AggregatorKind,
     features: ExpertFeatures,
-    head: Tensor,
     *,
     settings: Phase3Settings,
     seed: int,
 ) -> nn.Module:
     """One fitted aggregator.
 
-    The linear ones are convex fits that are pulled towards the task head (so few pairs leave it as it is), with the
-    strength of the pull chosen by cross-validation inside `features`. The MLP is the paper's.
+    The linear ones are convex fits of what the task adapter's own score leaves unexplained (so few pairs leave it as
+    it is), with the strength of the penalty chosen by cross-validation inside `features`. That score is each fold's
+    own: the head of the finished adapter has seen these very pairs. The MLP is the paper's.
 
     Args:
         kind: Which.
         features: Pairs that the experts did not train on.
-        head: Weights of the task adapter's head in standardized units, shape (hidden,).
         settings: Of phase 3.
         seed: Of the MLP.
     """
@@ -140,18 +139,16 @@ def fit_aggregator(
     scores = features.scores[:, 0] - features.scores[:, 1]
     # How many nats one unit of the task head is worth, so that the pull starts from a calibrated reward.
     calibration = fit_bradley_terry(scores[:, :1], l2=1e-3, weight=weight, label=label)
-    if kind == "linear_scores":
-        differences, prior = scores, torch.zeros(num_experts)
-        prior[0] = calibration
-    else:
-        states = features.states[:, 0] - features.states[:, 1]
-        differences, prior = states.flatten(1), torch.zeros(num_experts, hidden)
-        prior[0] = head * calibration
-        prior = prior.flatten()
-    solution = fit_by_cross_validation(differences, features.rows, prior)
+    states = (features.states[:, 0] - features.states[:, 1]).flatten(1)
+    differences = scores if kind == "linear_scores" else states
+    solution = fit_by_cross_validation(differences, features.rows, scores[:, 0] * calibration)
     with torch.no_grad():
         weights = aggregator.get_parameter("weight")
         weights.copy_(solution.view_as(weights))
+        if kind == "linear_scores":
+            weights[0] += calibration[0]
+        else:
+            aggregator.get_parameter("head").copy_(calibration[0])
     return aggregator
 
 

@@ -126,7 +126,6 @@ def choose_aggregators(
     folds: Sequence[Fold],
     trained: Mapping[str, TrainedExpert],
     *,
-    final: Mapping[str, ExpertState],
     validation: Mapping[str, ExpertFeatures],
 ) -> dict[str, TaskAggregator]:
     """Phase 3: fits every kind of aggregator for every task on what the folds kept back, and keeps the best.
@@ -137,8 +136,7 @@ def choose_aggregators(
         bench: What is worked on.
         folds: The folds whose experts are in `trained`.
         trained: All experts of all folds.
-        final: The experts that the model will hold, by task and capability.
-        validation: Their features on the validation pairs.
+        validation: Features of the experts that the model will hold, on the validation pairs.
     """
     held_out: dict[str, list[ExpertFeatures]] = {task: [] for task in bench.tasks}
     for fold in folds:
@@ -152,12 +150,9 @@ def choose_aggregators(
     candidates: dict[str, Candidates] = {}
     with bench.progress("aggregators", len(held_out)) as advance:
         for task, parts in held_out.items():
-            units = validation[task].units
-            head = final[expert_name(task)]["head.weight"] * units.state_std[0] / units.score_std[0]
             candidates[task] = fit_candidates(
                 join_features(parts),
                 validation[task],
-                head,
                 settings=bench.settings.phase3,
                 seed=bench.settings.seed,
             )

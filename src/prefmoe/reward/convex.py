@@ -13,20 +13,21 @@ _NUM_FOLDS = 3
 
 
 def fit_by_cross_validation(
-    differences: Tensor, rows: Sequence[PairRow], prior: Tensor | None = None, grid: Sequence[float] = _GRID
+    differences: Tensor, rows: Sequence[PairRow], offset: Tensor | None = None, grid: Sequence[float] = _GRID
 ) -> Tensor:
     """Bradley-Terry weights with the L2 strength that predicts held-out prompts best.
 
     Args:
         differences: Standardized features of chosen minus rejected, shape (pairs, features).
         rows: The pairs; those of one prompt stay in one fold.
-        prior: What the weights are pulled to; None means 0.
+        offset: Margin of each pair that is given already, nats; None means 0.
         grid: Strengths to try, strongest first; the first of equals wins.
     """
     weight, label = columns(rows)
     # Rows of about unit length: one strength then means the same for 4 features and for 4,000.
     root = differences.shape[1] ** 0.5
-    differences, prior = differences / root, None if prior is None else prior * root
+    differences = differences / root
+    given = torch.zeros(len(rows)) if offset is None else offset
     folds = prompt_folds(rows)
     losses = []
     for l2 in grid if folds else grid[:1]:
@@ -34,9 +35,9 @@ def fit_by_cross_validation(
         for outside in folds:
             inside = ~outside
             fitted = fit_bradley_terry(
-                differences[inside], l2=l2, weight=weight[inside], label=label[inside], prior=prior
+                differences[inside], l2=l2, weight=weight[inside], label=label[inside], offset=given[inside]
             )
-            margins = differences[outside] @ fitted
+            margins = differences[outside] @ fitted + given[outside]
             total += bradley_terry_loss(
                 margins,
                 torch.zeros_like(margins),
@@ -46,7 +47,7 @@ def fit_by_cross_validation(
             ).item()
         losses.append(total)
     best = grid[losses.index(min(losses))]
-    return fit_bradley_terry(differences, l2=best, weight=weight, label=label, prior=prior) / root
+    return fit_bradley_terry(differences, l2=best, weight=weight, label=label, offset=given) / root
 
 
 def prompt_folds(rows: Sequence[PairRow]) -> list[Tensor]:

@@ -63,7 +63,7 @@ def train_models(bench: Workbench) -> Models:
         if crossfit:
             known = {task: found.of_task_adapter() for task, found in features.items()}
         with bench.run.clock("phase3"):
-            kept = choose_aggregators(bench, folds, trained, final=states, validation=features)
+            kept = choose_aggregators(bench, folds, trained, validation=features)
         models["dmoerm"] = assemble_model(
             bench, bench.tasks, states, features, router=router, aggregators=kept
         )
