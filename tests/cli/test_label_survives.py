@@ -75,7 +75,9 @@ def stored(path: Path) -> list[tuple[str, str, int]]:
     return rows
 
 
-def test_faults_and_a_kill_cost_nothing_twice_and_change_nothing(tmp_path):
+@pytest.mark.parametrize(("processes", "at_risk"), [(1, CONCURRENCY), (2, 2 * CONCURRENCY)])
+def test_faults_and_a_kill_cost_nothing_twice_and_change_nothing(tmp_path, processes, at_risk):
+    options = ("--processes", str(processes))
     write_input(tmp_path, PAIRS)
     with JudgeServer(faulty(0.0)) as server:
         undisturbed = start(tmp_path, "clean.jsonl", server.url)
@@ -83,7 +85,7 @@ def test_faults_and_a_kill_cost_nothing_twice_and_change_nothing(tmp_path):
         assert len(server.requests) == 4 * PAIRS
 
     with JudgeServer(faulty(0.02)) as server:
-        killed = start(tmp_path, "out.jsonl", server.url)
+        killed = start(tmp_path, "out.jsonl", server.url, *options)
         while len(server.requests) < 2 * PAIRS and killed.poll() is None:
             time.sleep(0.005)
         killed.send_signal(signal.SIGKILL)
@@ -92,7 +94,7 @@ def test_faults_and_a_kill_cost_nothing_twice_and_change_nothing(tmp_path):
         num_before = len(stored(tmp_path / "out.jsonl.answers.sqlite"))
         assert 0 < num_before < 4 * PAIRS
 
-        goes_on = start(tmp_path, "out.jsonl", server.url)
+        goes_on = start(tmp_path, "out.jsonl", server.url, *options)
         finish(goes_on)
         paid_twice = sum(times - 1 for times in server.paid.values())
         faults = len(server.requests) - sum(server.paid.values())
@@ -103,7 +105,7 @@ def test_faults_and_a_kill_cost_nothing_twice_and_change_nothing(tmp_path):
     answers = stored(tmp_path / "out.jsonl.answers.sqlite")
     assert len(answers) == len(everything)
     assert set(answers) == everything
-    assert paid_twice <= CONCURRENCY
+    assert paid_twice <= at_risk
     assert faults > 10, "there were no faults to survive"
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "clean.jsonl").read_bytes()
 

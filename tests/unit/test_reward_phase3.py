@@ -253,7 +253,7 @@ def test_noise_loses_to_the_task_head_and_a_real_gain_wins(gain: float, least: f
     assert least <= kept / 500 <= most
 
 
-MANY_KINDS = SETTINGS.model_copy(update={"kinds": ["task_head", "linear_scores", "linear_states"]})
+EVERY_KIND = {"kinds": ["task_head", "linear_scores", "linear_states", "mlp"]}
 
 
 def candidates_of(features: ExpertFeatures, *, good: int = 0, **changes: object) -> Candidates:
@@ -279,11 +279,22 @@ def test_what_speaks_for_any_kind_is_chance_where_labels_are_chance(seed: int) -
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(120, 2, 2, 120, generator=generator)
     features = standardized(states, torch.randn(2, 120, generator=generator), torch.zeros(2), pair_rows(120))
-    found = fit_candidates(features, features.part(torch.zeros(120) > 0), settings=MANY_KINDS, seed=0)
+    found = fit_candidates(
+        features, features.part(torch.zeros(120) > 0), settings=SETTINGS.model_copy(update=EVERY_KIND), seed=0
+    )
     for kind, hits in found.hits.items():
         assert abs(hits.mean().item() - 0.5) < 0.14, kind  # three standard errors
     seen = features.accuracy(found.modules["linear_states"])
     assert seen > 0.75
+
+
+def test_the_finished_experts_have_no_say_on_pairs_kept_back() -> None:
+    """They have seen those pairs; what they are enters by their features of validation pairs alone."""
+    features = expert_features(60, good=2)
+    found = [candidates_of(features, good=good, **EVERY_KIND).hits for good in (0, 2)]
+    for kind in found[0]:
+        assert torch.equal(found[0][kind][:60], found[1][kind][:60])
+        assert not torch.equal(found[0][kind][60:], found[1][kind][60:])
 
 
 def test_validation_pairs_are_judged_beside_those_kept_back() -> None:
@@ -293,9 +304,6 @@ def test_validation_pairs_are_judged_beside_those_kept_back() -> None:
         assert hits[60:].mean().item() == pytest.approx(found.validation[kind])
     # In the order of the folds: every third prompt first.
     assert found.prompts == [*range(0, 60, 3), *range(1, 60, 3), *range(2, 60, 3), *range(20)]
-
-
-EVERY_KIND = {"kinds": ["task_head", "linear_scores", "linear_states", "mlp"]}
 
 
 def test_the_expert_that_knows_is_found_on_pairs_kept_back() -> None:

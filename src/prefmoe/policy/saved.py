@@ -1,6 +1,5 @@
 """Using a saved policy: measuring it, looking inside, generating, exporting."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from prefmoe.policy.sampling import sample_answers
 from prefmoe.policy.settings import ModelSettings
 from prefmoe.policy.tuner import PMoLModel
 from prefmoe.records import Message
+from prefmoe.runs.inputs import hash_of_files
 from prefmoe.runs.progress import Progress, silent
 
 
@@ -73,10 +73,7 @@ def load_saved(
 
 def adapter_hash(folder: Path) -> str:
     """16 hex digits that identify a saved adapter: its config and its weights."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("adapter_*")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    return hash_of_files(sorted(folder.glob("adapter_*")))
 
 
 def longest_prompt(model: PeftModel, max_new_tokens: int) -> int:

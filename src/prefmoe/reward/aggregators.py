@@ -137,7 +137,7 @@ def fit_aggregator(
         return _fit_mlp(aggregator, features, settings, seed=seed)
     weight, label = columns(features.rows)
     scores = features.scores[:, 0] - features.scores[:, 1]
-    # How many nats one unit of the task head is worth, so that the pull starts from a calibrated reward.
+    # How many nats one unit of the task head's score is worth: the margins that are known already.
     calibration = fit_bradley_terry(scores[:, :1], l2=1e-3, weight=weight, label=label)
     states = (features.states[:, 0] - features.states[:, 1]).flatten(1)
     differences = scores if kind == "linear_scores" else states

@@ -1,6 +1,5 @@
 """`prefmoe reward score`: a file of completions to a file of scores, which a stopped run goes on with."""
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -12,8 +11,9 @@ from prefmoe.data.read import read_completions
 from prefmoe.errors import ConfigError, OutputError
 from prefmoe.evaluation.files import write_text
 from prefmoe.nn import RoutingMode
-from prefmoe.records import Completion, RewardReport
+from prefmoe.records import RewardReport
 from prefmoe.reward.score import RewardModel
+from prefmoe.runs.inputs import hash_of, hash_of_files
 from prefmoe.runs.progress import Progress, silent
 
 _ROWS_AT_ONCE = 128  # few enough that a stop costs little, enough to sort by length
@@ -61,7 +61,7 @@ def score_file(
         OutputError: `out` cannot be written.
     """
     rows = read_completions(source, split="test")
-    origin = {"model": _hash_of_model(model), "routing": routing, "completions": _hash_of_rows(rows)}
+    origin = {"model": _hash_of_model(model), "routing": routing, "completions": hash_of(map(repr, rows))}
     num_found = _keep_whole_batches(out, origin, len(rows))
     if num_found == len(rows):
         return ScoreSummary(out, len(rows), num_found, 0)
@@ -141,16 +141,7 @@ def _note(out: Path) -> Path:
 
 def _hash_of_model(model: str | Path) -> str:
     """Of the files that a model is made of; the name of one that is on the hub."""
-    digest = hashlib.sha256(str(model).encode() if not Path(model).is_dir() else b"")
-    for file in [Path(model, "config.json"), *sorted(Path(model).glob("model*.safetensors"))]:
-        if file.is_file():
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def _hash_of_rows(rows: Sequence[Completion]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row).encode())
-    return digest.hexdigest()[:16]
+    folder = Path(model)
+    if not folder.is_dir():
+        return hash_of([str(model)])
+    return hash_of_files([folder / "config.json", *sorted(folder.glob("model*.safetensors"))])

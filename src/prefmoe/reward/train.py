@@ -56,12 +56,12 @@ def train_models(bench: Workbench) -> Models:
         models["single_wide"] = _one_expert_model(bench, wide.state, name="single_wide", rank=rank)
     if "single" in methods:
         models["single"] = _one_expert_model(bench, trained["single@"].state, name="single")
-    known = None
+    of_task_adapters = None
     if folds:
         states = expert_states(bench, trained, ALL if crossfit else folds[0].name)
         features = _validation_features(bench, states, bench.tasks, name="dmoerm")
         if crossfit:
-            known = {task: found.of_task_adapter() for task, found in features.items()}
+            of_task_adapters = {task: found.of_task_adapter() for task, found in features.items()}
         with bench.run.clock("phase3"):
             kept = choose_aggregators(bench, folds, trained, validation=features)
         models["dmoerm"] = assemble_model(
@@ -70,7 +70,7 @@ def train_models(bench: Workbench) -> Models:
     if "per_task" in methods:
         tasks: dict[str, list[str]] = {task: [] for task in bench.tasks}
         states = {expert_name(task): trained[expert_name(task)].state for task in tasks}
-        features = known or _validation_features(bench, states, tasks, name="per_task")
+        features = of_task_adapters or _validation_features(bench, states, tasks, name="per_task")
         models["per_task"] = assemble_model(bench, tasks, states, features, router=router)
     if bench.run.is_main:
         for method, model in models.items():

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,6 +13,16 @@ def hash_of(lines: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for line in lines:
         digest.update(f"{line}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def hash_of_files(files: Iterable[Path]) -> str:
+    """16 hex digits that identify what some files hold, in their order; those that are not there count for nothing."""
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()[:16]
 
 

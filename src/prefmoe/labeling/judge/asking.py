@@ -1,8 +1,8 @@
 """Many questions at once: bounded, paced, within a budget, every answer committed before it counts.
 
 A worker takes a question, asks it, has the answer committed, and only then takes the next; so what can be lost, or paid
-for again, is never more than the calls under way. What stops the asking (the budget, Ctrl-C, an endpoint that stays
-down) lets the calls under way come home first.
+for again, is never more than there are workers. What stops the asking (the budget, Ctrl-C, an endpoint that stays
+down) lets the calls that workers have begun come home first.
 """
 
 import asyncio
@@ -40,8 +40,9 @@ class Manners:
     Attributes:
         concurrency: Calls under way at the same time.
         requests_per_minute, tokens_per_minute: None is no limit.
-        ahead: Further calls that are made ready meanwhile, and wait where `asked` bounds those under way itself.
         backoff: What happens after a fault.
+        prices: Of tokens.
+        ahead: Further workers, whose calls wait, made ready, where `asked` itself bounds those under way.
     """
 
     concurrency: int = 16

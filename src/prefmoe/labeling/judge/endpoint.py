@@ -150,6 +150,7 @@ class Endpoint:
             raise ConfigError(
                 f"base_url {self.url!r} is no address; expected one like http://127.0.0.1:8000/v1"
             )
+        # The SDK names no class for limits; its default is one of whichever httpx it stands on.
         limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
             max_connections=connections, max_keepalive_connections=connections
         )
