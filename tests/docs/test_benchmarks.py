@@ -24,7 +24,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 def test_scoring_speed(tmp_path):
     out = tmp_path / "new" / "scoring.json"
-    scoring_speed.main([*SMALL, "--pairs", "2", "--experts", "3", "--repeats", "1", "--out", str(out)])
+    few = ["--dtype", "float32", "--pairs", "2", "--experts", "3", "--repeats", "1"]
+    scoring_speed.main([*SMALL, *few, "--out", str(out)])
     loads = json.loads(out.read_text())["loads"]
     assert set(loads) == {"pairs", "best_of_16"}
     for load in loads.values():

@@ -199,6 +199,7 @@ def test_flipped_labels_turn_the_aggregator() -> None:
 
 
 HEAD = torch.tensor([1.0, 0.0] * 50)
+ALIKE = {"task_head": 0.5, "linear_scores": 0.5, "mlp": 0.5}
 
 
 def changed(*, won: int, lost: int) -> torch.Tensor:
@@ -220,16 +221,24 @@ def changed(*, won: int, lost: int) -> torch.Tensor:
     ids=["luck", "better", "best of two", "equal", "one pair"],
 )  # fmt: skip
 def test_the_task_head_is_kept_unless_another_beats_it_by_more_than_a_standard_error(hits, kept) -> None:
-    assert best_aggregator(hits, range(len(hits["task_head"]))) == kept
+    assert best_aggregator(hits, range(len(hits["task_head"])), dict.fromkeys(hits, 0.5)) == kept
+
+
+def test_what_the_finished_experts_speak_against_is_not_taken() -> None:
+    """The best of two gains most, but not where it will be used."""
+    hits = {"task_head": HEAD, "mlp": changed(won=30, lost=0), "linear_scores": changed(won=20, lost=0)}
+    assert best_aggregator(hits, range(100), {**ALIKE, "mlp": 0.49}) == "linear_scores"
+    assert best_aggregator(hits, range(100), {**ALIKE, "task_head": 0.51}) == "task_head"
+    assert best_aggregator(hits, range(100), {**ALIKE, "mlp": 0.9}) == "mlp"
 
 
 def test_pairs_of_one_prompt_are_one_draw() -> None:
     """Twenty pairs won and ten lost are a gain; one prompt won and one lost are none."""
     hits = {"task_head": HEAD, "linear_scores": changed(won=20, lost=10)}
-    assert best_aggregator(hits, range(100)) == "linear_scores"
+    assert best_aggregator(hits, range(100), ALIKE) == "linear_scores"
     won_or_lost = (hits["linear_scores"] - HEAD).tolist()
     together = [100 + int(change) if change else i for i, change in enumerate(won_or_lost)]
-    assert best_aggregator(hits, together) == "task_head"
+    assert best_aggregator(hits, together, ALIKE) == "task_head"
 
 
 @pytest.mark.parametrize(
@@ -249,7 +258,7 @@ def test_noise_loses_to_the_task_head_and_a_real_gain_wins(gain: float, least: f
         drawn = torch.rand(400, generator=generator)
         # A fifth of the pairs is judged anew; half of them come out as the head judged them.
         other = head.where(drawn >= 0.2, (drawn < 0.1 + gain).float())
-        kept += best_aggregator({"task_head": head, "mlp": other}, range(400)) == "mlp"
+        kept += best_aggregator({"task_head": head, "mlp": other}, range(400), ALIKE) == "mlp"
     assert least <= kept / 500 <= most
 
 
@@ -308,21 +317,23 @@ def test_validation_pairs_are_judged_beside_those_kept_back() -> None:
 
 def test_the_expert_that_knows_is_found_on_pairs_kept_back() -> None:
     found = candidates_of(expert_features(60, good=2), good=2, **EVERY_KIND)
-    assert best_aggregator(found.hits, found.prompts) != "task_head"
+    assert best_aggregator(found.hits, found.prompts, found.validation) != "task_head"
 
 
 def test_a_gain_that_the_finished_experts_do_not_show_is_no_gain() -> None:
     """An aggregator that is right on pairs kept back by experts of a fold, and wrong with those of the model."""
     features = expert_features(12, good=2)
     kinds = {good: candidates_of(features, good=good) for good in (0, 2)}
-    kept = {good: best_aggregator(found.hits, found.prompts) for good, found in kinds.items()}
+    kept = {
+        good: best_aggregator(found.hits, found.prompts, found.validation) for good, found in kinds.items()
+    }
     assert kept == {0: "task_head", 2: "linear_scores"}
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_capabilities_that_say_nothing_leave_the_task_head(seed: int) -> None:
     found = candidates_of(expert_features(90, good=0, seed=seed), **EVERY_KIND)
-    assert best_aggregator(found.hits, found.prompts) == "task_head"
+    assert best_aggregator(found.hits, found.prompts, found.validation) == "task_head"
 
 
 def test_too_few_prompts_leave_the_task_head() -> None:

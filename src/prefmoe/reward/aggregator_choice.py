@@ -25,7 +25,7 @@ class Candidates:
         hits: On those pairs, cross-validated, and then on the validation pairs: the first are more, the second are
             judged as the finished model will judge. Empty where pairs are too few: then chance would choose.
         prompts: Prompt of every pair in `hits`.
-        validation: Accuracy on the validation pairs alone, for the log.
+        validation: Accuracy on the validation pairs alone.
     """
 
     modules: dict[AggregatorKind, nn.Module]
@@ -69,8 +69,13 @@ def cross_validated_hits(
     return torch.cat(found)
 
 
-def best_aggregator(hits: Hits, prompts: Sequence[int]) -> AggregatorKind:
+def best_aggregator(
+    hits: Hits, prompts: Sequence[int], validation: Mapping[AggregatorKind, float]
+) -> AggregatorKind:
     """The kind that a task keeps: its head, unless another gains more than a standard error over it on this task.
+
+    And loses nothing on the validation pairs: of all judges only they know the finished experts. Those of a fold have
+    seen fewer pairs, so their heads leave more to be gained than there is.
 
     Pairs are few: the best of four on a few hundred of them would often be the luckiest (the one-standard-error rule,
     Breiman et al. 1984, section 3.4.3). Differences are paired, as all kinds judged the same pairs, and pairs of one
@@ -79,6 +84,7 @@ def best_aggregator(hits: Hits, prompts: Sequence[int]) -> AggregatorKind:
     Args:
         hits: Of every kind.
         prompts: Prompt of every pair.
+        validation: Accuracy of every kind on the validation pairs alone.
     """
     head, *others = hits
     ids = [str(prompt) for prompt in prompts]
@@ -86,6 +92,6 @@ def best_aggregator(hits: Hits, prompts: Sequence[int]) -> AggregatorKind:
     for kind in others:
         difference = (hits[kind] - hits[head]).numpy()
         gain = float(difference.mean())
-        if gain > standard_error(difference, prompt_ids=ids):
+        if gain > standard_error(difference, prompt_ids=ids) and validation[kind] >= validation[head]:
             gains[kind] = gain
     return max(gains, key=lambda kind: gains[kind], default=head)

@@ -159,7 +159,9 @@ def choose_aggregators(
             advance(1)
     chosen: dict[str, TaskAggregator] = {}
     for task, fitted in candidates.items():
-        kind: AggregatorKind = best_aggregator(fitted.hits, fitted.prompts) if fitted.hits else "task_head"
+        kind: AggregatorKind = "task_head"
+        if fitted.hits:
+            kind = best_aggregator(fitted.hits, fitted.prompts, fitted.validation)
         chosen[task] = TaskAggregator(kind, fitted.modules[kind])
         accuracy = {f"accuracy/{name}": value for name, value in fitted.validation.items()}
         evidence = {f"evidence/{name}": hits.mean().item() for name, hits in fitted.hits.items()}
