@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -17,10 +16,7 @@ from prefmoe.evaluation.metrics import read_metrics
 from prefmoe.policy.bench import build_bench
 from prefmoe.policy.evaluate import read_report
 from prefmoe.policy.logps import completion_logps
-from prefmoe.policy.methods import pmol_config
-from prefmoe.policy.router_start import fit_router_starts
 from prefmoe.policy.settings import load_policy_settings
-from prefmoe.policy.train import train_policies
 from reference import merging as slow
 from tiny import tiny_language_model
 
@@ -120,21 +116,6 @@ def test_the_same_command_again_reads_what_is_there(trained):
     before = {file: file.stat().st_mtime_ns for file in (folder / "run" / "steps").iterdir()}
     assert run_cli("policy", "train", config).exit_code == 0
     assert {file: file.stat().st_mtime_ns for file in (folder / "run" / "steps").iterdir()} == before
-
-
-def test_routers_start_from_more_pairs_than_are_trained_on(language_model_folder, tmp_path):
-    config = write_config(tmp_path, language_model_folder)
-    limits = ["data.max_pairs_per_preference=2", "data.router_pairs_per_preference=9"]
-    settings = load_policy_settings(config, [*limits, "methods=[pmol]"], out=tmp_path / "run")
-    bench = build_bench(settings)
-    assert (len(bench.splits["train"].rows), len(bench.router_pairs.rows)) == (4, 18)
-    assert "router" not in bench.splits | bench.reference
-    train_policies(bench)
-    torch.manual_seed(settings.seed)
-    untrained = get_peft_model(bench.new_model(), pmol_config("pmol", settings.adapter, bench.preferences))
-    names = [row.preference for row in bench.router_pairs.rows] * 2
-    expected = fit_router_starts(untrained, bench.router_pairs.texts(), names)
-    torch.testing.assert_close(load_file(tmp_path / "run" / "steps" / "router_starts.safetensors"), expected)
 
 
 def test_emr_judges_a_pair_by_the_model_of_its_own_preference(trained):

@@ -146,18 +146,6 @@ def test_the_preference_column_wins_over_the_task_and_limits_are_per_preference(
     assert read_splits(settings, seed=0)[1] == splits
 
 
-def test_pairs_that_routers_start_from_have_their_own_limit(tmp_path):
-    write_rows(tmp_path / "a.jsonl", rows(task="helpful"))
-    limits = {"max_pairs_per_preference": 1, "router_pairs_per_preference": 2}
-    _, splits = read_splits(DataSettings(train=str(tmp_path / "a.jsonl"), **limits), seed=0)
-    assert {name: len(pairs) for name, pairs in splits.items()} == {
-        "train": 1,
-        "validation": 0,
-        "test": 0,
-        "router": 2,
-    }
-
-
 def test_the_plain_lora_is_as_large_as_all_experts():
     settings, training = AdapterSettings(rank=3, experts_per_group=2), TrainingSettings()
     names = ["helpful", "harmless"]

@@ -27,7 +27,6 @@ class PolicyBench:
     Attributes:
         preferences: Names, in the order of the groups.
         splits: Pairs of "train", "validation" and "test".
-        router_pairs: Those that routers start from.
         reference: Log-probability of every text of a split under the model without adapter: chosen, then rejected.
     """
 
@@ -37,7 +36,6 @@ class PolicyBench:
     tokenizer: PreTrainedTokenizerBase
     renderer: Renderer
     splits: dict[str, TokenPairs]
-    router_pairs: TokenPairs
     reference: dict[str, Tensor]
     progress: Progress
 
@@ -62,7 +60,6 @@ def build_bench(settings: PolicySettings, *, progress: Progress = silent) -> Pol
         {f"the {name} pairs": hash_of(map(str, pairs.rows)) for name, pairs in encoded.items()}
         | {"the model": weights_hash(model), "the model's dtype": str(model.dtype)}
     )
-    router_pairs = encoded.pop("router", encoded["train"])  # they need no reference
 
     def compute() -> dict[str, Tensor]:
         return {
@@ -78,9 +75,7 @@ def build_bench(settings: PolicySettings, *, progress: Progress = silent) -> Pol
         }
 
     reference = run.step("reference.safetensors", compute, _save, load_file)
-    return PolicyBench(
-        settings, run, preferences, tokenizer, renderer, encoded, router_pairs, reference, progress
-    )
+    return PolicyBench(settings, run, preferences, tokenizer, renderer, encoded, reference, progress)
 
 
 def _save(file: Path, tensors: dict[str, Tensor]) -> None:

@@ -55,8 +55,6 @@ def preference_of(pair: PreferencePair) -> str | None:
 def read_splits(settings: DataSettings, *, seed: int) -> tuple[list[str], dict[str, list[PreferencePair]]]:
     """The preferences, and the pairs of every split, as many as the settings allow.
 
-    Training pairs that only routers start from are the split "router", if there are any.
-
     Raises:
         DataError: A split cannot be read; no row names a preference; or a wanted one has no training pair.
     """
@@ -66,9 +64,6 @@ def read_splits(settings: DataSettings, *, seed: int) -> tuple[list[str], dict[s
         "test": (settings.test, settings.max_test_pairs_per_preference),
     }
     read = {name: read_pairs(source, split=name) if source else [] for name, (source, _) in limits.items()}
-    if settings.router_pairs_per_preference:
-        limits["router"] = (settings.train, settings.router_pairs_per_preference)
-        read["router"] = read["train"]
     found = sorted({name for pair in read["train"] if (name := preference_of(pair))})
     if not found:
         raise DataError("no row has a 'preference' (or 'task'), so there is nothing to mix", settings.train)

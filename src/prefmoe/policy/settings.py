@@ -37,9 +37,6 @@ class DataSettings(Section):
         None, description="which ones are used; null takes all that train has"
     )
     max_pairs_per_preference: int | None = Field(None, ge=1, description="of train; drawn by `seed`")
-    router_pairs_per_preference: int | None = Field(
-        None, ge=1, description="of train, where routers start from; null takes the training pairs"
-    )
     max_validation_pairs_per_preference: int | None = Field(None, ge=1, description="drawn by `seed`")
     max_test_pairs_per_preference: int | None = Field(None, ge=1, description="drawn by `seed`")
 

@@ -183,7 +183,7 @@ def _start_routers(bench: PolicyBench, model: PeftModel) -> None:
         return
 
     def compute() -> Mapping[str, Tensor]:
-        pairs = bench.router_pairs
+        pairs = bench.splits["train"]
         return fit_router_starts(
             model,
             pairs.texts(),
