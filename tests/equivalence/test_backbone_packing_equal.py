@@ -163,7 +163,8 @@ def gradients(model, items, split=False):
 def test_gradients_of_shared_beginnings_are_those_of_plain_texts(
     pooling, gradient_checkpointing, monkeypatch
 ):
-    model = tiny_reward_model(tiny_backbone(), pooling=pooling).train()
+    # Float64, but for the norms: how far sums in another order are off in float32 depends on the machine.
+    model = tiny_reward_model(tiny_backbone(), pooling=pooling).double().train()
     model.experts.gradient_checkpointing = gradient_checkpointing
     packed = gradients(model, PAIRS)
     monkeypatch.setattr("prefmoe.backbone.packing.saved_layer_tokens", lambda *_: -1.0)
@@ -171,7 +172,7 @@ def test_gradients_of_shared_beginnings_are_those_of_plain_texts(
     assert packed.keys() == plain.keys()
     assert any(name.endswith(".B") for name in packed)
     for name, gradient in plain.items():
-        torch.testing.assert_close(packed[name], gradient, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(packed[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_a_pair_goes_through_the_layers_with_its_prompt_once():
