@@ -118,6 +118,19 @@ def test_the_same_command_again_reads_what_is_there(trained):
     assert {file: file.stat().st_mtime_ns for file in (folder / "run" / "steps").iterdir()} == before
 
 
+def test_a_comparison_may_be_widened(trained, tmp_path):
+    folder, config, _ = trained
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    before = {file.name: file.read_bytes() for file in (run / "steps").iterdir()}
+    result = run_cli("policy", "train", config, "--set", "methods=[pmol, top1]", "--out", run)
+    assert result.exit_code == 0, result.stderr
+    assert set(read_metrics(run / "metrics.json").methods) == {"base", "pmol", "top1"}
+    after = {file.name: file.read_bytes() for file in (run / "steps").iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert {name.split(".")[0] for name in set(after) - set(before)} == {"top1", "test_top1"}
+
+
 def test_emr_judges_a_pair_by_the_model_of_its_own_preference(trained):
     """As merging by hand: LoRAs from the run folder, products, the slow twin, one text at a time."""
     run = trained[0] / "run"

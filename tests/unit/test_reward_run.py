@@ -50,6 +50,13 @@ def test_a_folder_of_another_config_is_refused(tmp_path: Path) -> None:
         Run(tiny_settings(tmp_path, seed=2))
 
 
+def test_what_no_step_depends_on_may_differ(tmp_path: Path) -> None:
+    Run(tiny_settings(tmp_path, seed=1))
+    Run(tiny_settings(tmp_path, seed=2), independent=["seed"])
+    with pytest.raises(ConfigError, match="holds a run with another config"):
+        Run(tiny_settings(tmp_path, seed=2).model_copy(update={"methods": ["single"]}), independent=["seed"])
+
+
 def test_a_run_may_be_moved(tmp_path: Path) -> None:
     Run(tiny_settings(tmp_path / "old"))
     (tmp_path / "old").rename(tmp_path / "new")

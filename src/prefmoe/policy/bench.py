@@ -54,7 +54,7 @@ def build_bench(settings: PolicySettings, *, progress: Progress = silent) -> Pol
     tokenizer = load_tokenizer(settings.model.name)
     renderer = Renderer(tokenizer, max_length=settings.model.max_length)
     encoded = {name: encode(pairs, renderer, allow_equal=name != "train") for name, pairs in splits.items()}
-    run = Run(settings)
+    run = Run(settings, independent=["methods"])  # each has steps of its own
     model = load_language_model(settings.model)
     run.check_inputs(
         {f"the {name} pairs": hash_of(map(str, pairs.rows)) for name, pairs in encoded.items()}

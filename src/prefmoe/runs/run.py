@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -44,9 +44,10 @@ class Run:
 
     Args:
         settings: What is run. A folder that holds another config is refused, for its results would be mixed.
+        independent: Settings that may differ from the folder's, because no step's result depends on them.
     """
 
-    def __init__(self, settings: RunSettings) -> None:
+    def __init__(self, settings: RunSettings, *, independent: Collection[str] = ()) -> None:
         self.settings = settings
         self.folder = Path(settings.out)
         self.state = process_state()
@@ -54,7 +55,8 @@ class Run:
         file = self.folder / "config.yaml"
         if self.is_main:
             make_folder(self.folder)
-            if file.exists() and not _same_work(file.read_text(encoding="utf-8"), config):
+            old = file.read_text(encoding="utf-8") if file.exists() else None
+            if old is not None and not _same_work(old, config, {"out", *independent}):
                 raise ConfigError(
                     f"{self.folder} holds a run with another config; choose another --out or delete it"
                 )
@@ -213,8 +215,8 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def _same_work(old: str, new: str) -> bool:
+def _same_work(old: str, new: str, independent: Collection[str]) -> bool:
     before, after = yaml.safe_load(old), yaml.safe_load(new)
     if not isinstance(before, dict):
         return False
-    return {k: v for k, v in before.items() if k != "out"} == {k: v for k, v in after.items() if k != "out"}
+    return before | dict.fromkeys(independent) == after | dict.fromkeys(independent)
