@@ -250,6 +250,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one_exactly(config, tmp_path):
         assert torch.equal(parameter, expected[name]), name
 
 
+@pytest.mark.parametrize(
+    "config", [{}, {"router": "recurrent", "router_size": 8}], ids=["linear", "recurrent"]
+)
+def test_routers_may_learn_at_a_rate_of_their_own(config, tmp_path):
+    """Adam's first steps are as long as the rate: routers stay where they are, and experts move as without it."""
+    steps = {}
+    for rate in (None, 1e-30):
+        trainer = trainer_of("dpo", tmp_path / str(rate), connect=False, config=config, max_steps=2)
+        connect_preferences(trainer, router_learning_rate=rate)
+        before = trained(trainer)
+        trainer.train()
+        steps[rate] = {name: (p - before[name]).abs().max() for name, p in trained(trainer).items()}
+        assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-2, rate or 1e-2}
+        known = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+        assert known == {id(p) for p in trainer.model.parameters() if p.requires_grad}
+    routers = {name for name in steps[None] if ".pmol_router." in name or ".pmol_cell." in name}
+    assert {bool(steps[None][name] > 1e-3) for name in routers if "cell" not in name} == {True}
+    assert {bool(steps[1e-30][name] < 1e-20) for name in routers} == {True}
+    moved = [
+        steps[1e-30][name] > 1e-3 for name in steps[None] if ".pmol_bank." in name and name.endswith("B")
+    ]
+    assert moved
+    assert all(moved)
+
+
 def planted(out, group_loss):
     """Prompts of two preferences that their letters tell apart; accuracy of the routers at the last steps."""
     rows = [
