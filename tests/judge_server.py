@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ class JudgeServer:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
         self.requests: list[dict] = []
         self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []  # when each request came, seconds
         self.paid: Counter[str] = Counter()
         self.open = self.most_open = 0
 
@@ -131,6 +133,7 @@ class JudgeServer:
         headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in head[1:] if ": " in line)}
         request = json.loads(await reader.readexactly(int(headers["content-length"])))
         self.requests.append(request)
+        self.times.append(time.monotonic())
         self.headers.append(headers)
         self.open += 1
         self.most_open = max(self.most_open, self.open)

@@ -5,6 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,18 @@ def test_confidence_gives_soft_labels(desk):
     assert desk.rows()[0]["capability_probabilities"] == {"wit": 0.5, "brevity": 0.5}
 
 
+def test_answers_from_before_probabilities_were_asked_for_are_named(desk):
+    with JudgeServer() as server:
+        desk.label("--base-url", server.url)
+        done = desk.label("--base-url", server.url, "--confidence")
+    assert len(server.requests) == 24
+    assert "12 of 12 verdicts of 'm' were stored without probabilities" in flat_lines(done.stderr)
+
+
+def flat_lines(text):
+    return " ".join(text.split())
+
+
 def test_a_dry_run_prints_and_writes_nothing(desk):
     before = set(desk.folder.iterdir())
     done = desk.label("--dry-run", "--input-price", "1", "--output-price", "2")
@@ -265,6 +278,117 @@ def test_what_is_wrong_for_good_costs_one_call(desk, status):
         done = desk.label("--base-url", server.url, "--concurrency", "64")
         assert (done.exit_code, len(server.requests)) == (4, 1)
     assert not desk.out.exists()
+
+
+def about(name):
+    """Whether a request is about that pair."""
+    return lambda request: f"chosen {name}\n" in request["messages"][-1]["content"]
+
+
+@pytest.mark.parametrize("name", ["p0", "p3"], ids=["first pair", "later pair"])
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize(("status", "reason"), [(400, "rejected"), (422, "rejected"), (500, "failed")])
+def test_one_pair_that_an_endpoint_cannot_take_stops_nobody(
+    desk, name, processes, status, reason, monkeypatch
+):
+    # The bad pair waits a second before its last try, and others are answered meanwhile.
+    monkeypatch.setattr("prefmoe.labeling.judge.pace.random.uniform", lambda least, most: most)
+    is_bad, delay = about(name), 0.3 if status == 500 else 0.0
+
+    def reply(request):
+        if is_bad(request):
+            return problem(status, "bad request")
+        response = completion(by_hash(request["messages"][-1]["content"]))
+        response.delay = delay
+        return response
+
+    with JudgeServer(reply) as server:
+        options = (
+            "--base-url",
+            server.url,
+            "--attempts",
+            "2",
+            "--processes",
+            processes,
+            "--concurrency",
+            "4",
+        )
+        done = desk.label(*options)
+        assert done.exit_code == 0, done.output
+        assert f"Unusable answers: 4 {reason}" in done.stderr
+        asked = len(server.requests)
+        assert desk.label(*options).exit_code == 0
+        assert len(server.requests) == asked
+    expected = labels_by_hash(6)
+    expected[int(name[1:])] = {}
+    assert [row.get("capabilities", {}) for row in desk.rows()] == expected
+
+
+@pytest.mark.parametrize(("pairs", "calls"), [(1, 1), (6, 3)])
+def test_an_endpoint_that_rejects_everything_is_asked_about_three_pairs(desk, pairs, calls):
+    with JudgeServer(lambda _: problem(400, "bad request")) as server:
+        done = desk.label("--base-url", server.url, "--limit", str(pairs))
+    assert done.exit_code == 4
+    assert "rejects the request for 'm': Error code: 400 - bad request" in done.stderr
+    assert len(server.requests) == calls
+    assert not desk.out.exists()
+
+
+def test_everybody_waits_as_long_as_the_endpoint_asks(desk):
+    def reply(request):
+        if len(server.requests) == 5:
+            return problem(429, Retry_After="1")
+        return completion(by_hash(request["messages"][-1]["content"]))
+
+    with JudgeServer(reply) as server:
+        done = desk.label("--base-url", server.url, "--concurrency", "2")
+    assert done.exit_code == 0, done.output
+    assert len(server.requests) == 25
+    # One more may have been under way.
+    assert max(after - before for before, after in pairwise(server.times[4:7])) > 0.9
+
+
+def test_a_limit_of_requests_spaces_them(desk):
+    with JudgeServer() as server:
+        desk.label("--base-url", server.url, "--requests-per-minute", "600", "--concurrency", "8")
+    assert len(server.times) == 24
+    assert server.times[-1] - server.times[0] > 23 * 0.1 - 0.2
+
+
+def test_a_limit_of_tokens_spaces_calls(desk):
+    calls = desk.label("--dry-run").stdout.split("about ")[1].split()[0]
+    limit = 60 * int(calls)  # what is read takes one second then, what is written some more
+    with JudgeServer() as server:
+        desk.label("--base-url", server.url, "--tokens-per-minute", str(limit), "--concurrency", "8")
+    assert server.times[-1] - server.times[0] > 0.8
+
+
+def test_half_a_character_is_an_answer_like_any_other(desk):
+    """JSON can carry it, UTF-8 and so the store cannot."""
+    with JudgeServer(lambda _: completion("\ud83d")) as server:
+        done = desk.label("--base-url", server.url)
+    assert done.exit_code == 0, done.output
+    assert "Unusable answers: 24 not an allowed answer" in done.stderr
+
+
+def test_what_was_paid_before_a_retry_stays_counted(desk):
+    prices = ("--input-price", "1000", "--output-price", "1000")  # $0.101 a call
+    with JudgeServer(lambda _: completion("Both are nice.")) as server:
+        desk.label("--base-url", server.url, "--limit", "2", *prices)
+        asked = len(server.requests)
+    with JudgeServer() as server:
+        options = ("--base-url", server.url, "--retry-unusable", *prices)
+        stopped = desk.label(*options, "--limit", "1", "--max-calls", str(asked))
+        assert "the budget is used up" in stopped.stderr
+        assert server.requests == []
+        desk.label(*options, "--limit", "1")
+        assert len(server.requests) == 4  # of the pair in question, and no other
+    database = sqlite3.connect(f"{desk.out}.answers.sqlite")
+    assert database.execute("SELECT count(*), round(total(usd), 3) FROM calls").fetchone() == (
+        asked + 4,
+        round(0.101 * (asked + 4), 3),
+    )
+    database.close()
 
 
 def test_an_endpoint_that_stays_down_stops_the_run_and_keeps_what_there_is(desk):
@@ -343,6 +467,22 @@ def test_points_are_suggested_for_a_person_to_edit(desk):
     with JudgeServer() as server:
         assert desk.label("--base-url", server.url).exit_code == 0
     assert list(desk.rows()[0]["labeled_by"]) == ["wit", "kindness"]
+
+
+def test_a_suggestion_overwrites_nothing_and_can_be_planned(desk):
+    with JudgeServer() as server:
+        done = desk.label("--suggest", "--base-url", server.url, "--dry-run", tasks=False)
+        assert done.exit_code == 0, done.output
+        assert done.stdout.startswith("calls: 1, up to three times as many")
+        assert not desk.out.exists()
+        few = desk.label("--suggest", "--base-url", server.url, "--max-calls", "1", tasks=False)
+        assert few.exit_code == 1  # one task, one call; the server proposes nothing
+        desk.out.write_text("edited by hand")
+        again = desk.label("--suggest", "--base-url", server.url, tasks=False)
+        assert again.exit_code == 2
+        assert "is there already" in again.stderr
+        assert desk.out.read_text() == "edited by hand"
+    assert len(server.requests) == 3
 
 
 def test_a_judge_that_suggests_nothing_usable_is_named(desk):

@@ -57,6 +57,9 @@ def test_training_speed_also_from_a_finished_folder(tmp_path):
     first = training_speed.main(options)
     assert first["runs"] == 3 + 9  # task adapters and capability experts of the world
     assert set(first["estimated_seconds"]) == {"release", "trl"}
+    parts = [part["ours_seconds"] for part in first["part_by_part"].values()]
+    assert sum(parts) == pytest.approx(first["ours_seconds"], abs=0.3)
+    assert min(parts) >= 0
     again = training_speed.main(options)
     assert again["ours_seconds_by_step"]["training"] == first["ours_seconds_by_step"]["training"]
 

@@ -99,6 +99,24 @@ def test_a_server_without_usage_is_fine():
     assert (reply.answers["wit"].choice, reply.input_tokens, reply.output_tokens) == ("2", None, None)
 
 
+@pytest.mark.parametrize("usage", [[1], "many", {"prompt_tokens": "3"}, {"prompt_tokens": -1}])
+def test_a_count_of_tokens_that_is_none_is_no_count(usage):
+    response = completion("2")
+    content = json.loads(response.body) | {"usage": usage}
+    with JudgeServer(lambda _: Response(json.dumps(content).encode())) as server:
+        (reply,) = ask(server, question())
+    assert (reply.answers["wit"].choice, reply.input_tokens, reply.output_tokens) == ("2", None, None)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:hidden@localhost/v1", "http://localhost/v1?key=hidden", "http://localhost/v1#hidden"]
+)
+def test_an_address_that_carries_a_secret_is_refused_and_not_shown(url):
+    with pytest.raises(ConfigError, match="the address of 'localhost' carries a name, a password") as raised:
+        Endpoint("m", base_url=url)
+    assert "hidden" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("response", "wait"),
     [
@@ -114,14 +132,18 @@ def test_a_server_without_usage_is_fine():
     ],
 )
 def test_what_may_be_over_soon_is_a_fault(response, wait):
-    assert fault_of(response).wait == wait
+    fault = fault_of(response)
+    assert fault.wait == wait
+    assert fault.may_stay == (response.status not in (408, 429))
 
 
 @pytest.mark.parametrize("cut", [1, 20, 200])
 def test_a_connection_that_is_closed_in_mid_answer_is_a_fault(cut):
     right = completion("1")
     right.cut = cut
-    assert "the connection broke" in str(fault_of(right))
+    fault = fault_of(right)
+    assert "the connection broke" in str(fault)
+    assert not fault.may_stay
 
 
 def test_no_answer_in_time_is_a_fault():
@@ -274,8 +296,8 @@ def test_free_text_for_suggestions():
         finally:
             await endpoint.close()
 
-    with JudgeServer(lambda _: completion("words")) as server:
-        assert asyncio.run(run(server)) == "words"
+    with JudgeServer(lambda _: completion(f"words, {KEY}")) as server:
+        assert asyncio.run(run(server)) == "words, ***"
     assert "response_format" not in server.requests[0]
     with (
         JudgeServer(lambda _: problem(400, "context_length")) as server,

@@ -5,9 +5,10 @@ import threading
 
 import pytest
 
-from judge_helpers import interview, pair, question
+from judge_helpers import interview, pair, question, settings, task_file
 from prefmoe.errors import DataError, OutputError, PrefmoeError
 from prefmoe.labeling.judge.answers import Answer
+from prefmoe.labeling.judge.labeler import JudgeLabeler
 from prefmoe.labeling.judge.store import AnswerStore, Call, default_store
 
 
@@ -66,9 +67,36 @@ def test_unusable_answers_can_be_forgotten(tmp_path):
     half = Call(both, {"wit": Answer("1"), "brevity": garbage}, 1, 1, 0.0)
     with AnswerStore(tmp_path / "s.sqlite") as store:
         store.record([call(), call(question("p1"), garbage), half])
-        assert store.forget_unusable("m") == 2
-        assert store.keys("m") == {question().key}
+        before = store.spent("m")
+        assert store.forget_unusable("m", {question().key}) == 0
+        assert store.forget_unusable("m", {question().key, question("p1").key}) == 1
+        assert store.forget_unusable("m", {both.key, question("p1").key}) == 1
+        assert store.keys("m") & {question("p1").key, both.key, question().key} == {question().key}
         assert len(list(store.answers("m"))) == 1
+        assert store.spent("m") == before  # what was paid was paid
+        store.record([call(question("p1"))])
+        assert len(list(store.answers("m"))) == 2
+
+
+def test_half_a_character_can_be_stored(tmp_path):
+    with AnswerStore(tmp_path / "s.sqlite") as store:
+        store.record([call(answer=Answer(None, "refused", "no \ud83d"))])
+        (stored,) = store.answers("m")
+        assert stored.answer.text == "no ?"
+
+
+def test_who_has_nothing_to_ask_needs_no_claim(tmp_path):
+    """Several processes of one training look up the same labels at the same time."""
+    path = tmp_path / "s.sqlite"
+    with AnswerStore(path) as first, AnswerStore(path) as second:
+        first.claim()
+        known = [pair("p0")]
+        labelers = [JudgeLabeler(settings(), task_file(), store) for store in (first, second)]
+        first.record([call(one) for one in labelers[0].interview.questions(known[0])])
+        labelers[1].ask(known)
+        assert labelers[1].verdicts(known).keys() == labelers[0].verdicts(known).keys() != set()
+        with pytest.raises(PrefmoeError, match="another process is asking"):
+            labelers[1].ask([*known, pair("p1")])
 
 
 def test_only_one_claims_a_store(tmp_path):

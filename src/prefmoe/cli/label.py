@@ -84,7 +84,11 @@ def label_pairs(  # noqa: PLR0913 - typer reads the options off the signature
     from prefmoe.labeling.tasks import load_tasks
 
     if settings is not None and suggest:
-        _write_suggestion(read_rows(source, limit=limit), settings, out)
+        rows = read_rows(source, limit=limit)
+        if dry_run:
+            _print_suggestion_plan(rows)
+        else:
+            _write_suggestion(rows, settings, out)
         return
     if tasks is None:
         raise typer.BadParameter("--tasks TASKS.yaml is missing; --suggest proposes one")
@@ -105,7 +109,7 @@ def label_pairs(  # noqa: PLR0913 - typer reads the options off the signature
             _print_plan(labeler.plan([row.pair for row in rows]))
             return
         if retry_unusable:
-            answers.forget_unusable(settings.judge)
+            labeler.forget_unusable([row.pair for row in rows])
         _label_by_judge(rows, labeler, out)
 
 
@@ -116,6 +120,10 @@ def _check_arguments(source: str, out: Path, *, judge: str | None, rules: bool, 
         raise typer.BadParameter("--suggest needs --judge MODEL, not --rules")
     if Path(source).exists() and out.resolve() == Path(source).resolve():
         raise typer.BadParameter(f"--out {out} is the input file; choose another name")
+    if suggest and out.exists():
+        raise typer.BadParameter(
+            f"--out {out} is there already, and may have been edited; choose another name"
+        )
     if out.is_dir():
         raise typer.BadParameter(f"--out {out} is a folder; give a file")
 
@@ -160,6 +168,14 @@ def _write_suggestion(rows: "list[SourceRow]", settings: Any, out: Path) -> None
 
     write_parts(out, [suggest_tasks([row.pair for row in rows], settings)])
     typer.echo(f"{out}: proposed points; edit them, then label with --tasks {out}", err=True)
+
+
+def _print_suggestion_plan(rows: "list[SourceRow]") -> None:
+    from prefmoe.labeling.judge.suggest import plan_suggestion
+
+    calls, to_read, to_write = plan_suggestion([row.pair for row in rows])
+    typer.echo(f"calls: {calls}, up to three times as many where a proposal cannot be used")
+    typer.echo(f"tokens: at most about {to_read} to read and {to_write} to write, once")
 
 
 def _print_plan(plan: "Plan") -> None:

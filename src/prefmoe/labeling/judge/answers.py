@@ -17,9 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 from prefmoe.labeling.judge.wording import FIRST, SECOND, SINGLE, TIE
 
-Reason = Literal["refused", "cut off", "empty", "not an allowed answer", "too long"]
+Reason = Literal["refused", "cut off", "empty", "not an allowed answer", "too long", "rejected", "failed"]
 """Why an answer cannot be used: the model declined; it hit the limit of tokens; it wrote nothing; it wrote something
-else; the question does not fit into its context."""
+else; the question does not fit into its context; the endpoint rejects this question, or fails on it every time, while
+it answers others."""
 
 _SHOWN_CHARACTERS = 500
 

@@ -10,14 +10,18 @@ import contextlib
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 from prefmoe.errors import PrefmoeError
+from prefmoe.labeling.judge.answers import Reason, unusable
 from prefmoe.labeling.judge.budget import Budget, Prices
-from prefmoe.labeling.judge.endpoint import Fault, Reply
+from prefmoe.labeling.judge.endpoint import Fault, Rejection, Reply
 from prefmoe.labeling.judge.pace import Backoff, RateLimit
 from prefmoe.labeling.judge.questions import Question
 from prefmoe.labeling.judge.store import AnswerStore, Call
+
+_MOST_SET_ASIDE = 3  # pairs in a row that are rejected or fail: it is not the pairs
 
 Watch = Callable[[Call], None]
 """Told of every call once it is committed."""
@@ -27,7 +31,7 @@ class Asked(Protocol):
     """What answers single questions: an endpoint, or a test's stand-in."""
 
     async def ask(self, question: Question) -> Reply:
-        """The answers; raises Fault for what may be over soon."""
+        """The answers; raises Fault for what may be over soon, Rejection for what it does not take."""
 
     def output_limit(self, num_points: int) -> int:
         """Most tokens of an answer."""
@@ -78,6 +82,8 @@ class Asking:
         self._stop = asyncio.Event()
         self._problem: PrefmoeError | None = None
         self._interrupted = False
+        self._num_answered = 0
+        self._set_aside: list[tuple[Question, Reason, PrefmoeError]] = []
         self._worst_ratio = 1.0
         self.out_of_budget = False
 
@@ -91,39 +97,83 @@ class Asking:
         self._pending = iter(questions)
         with self._interruptible():
             async with self._commits.running():
-                await self._work(
-                    only_one=True
-                )  # alone: a wrong key or an unknown option costs one call, not 64
+                await self._first_answer()
                 workers = self._manners.concurrency + self._manners.ahead
                 await asyncio.gather(*(self._work() for _ in range(workers)))
+                if self._num_answered and self._problem is None:
+                    await self._store_set_aside()
+        if self._set_aside:
+            self._problem = self._problem or self._set_aside[0][2]
         if self._problem is not None:
             raise self._problem
         if self._interrupted:
             raise KeyboardInterrupt
 
-    async def _work(self, *, only_one: bool = False) -> None:
+    async def _first_answer(self) -> None:
+        """One call at a time until one is answered: a wrong key costs one, a wrong option three, and not 64."""
+        while not self._num_answered and not self._stop.is_set():
+            if not await self._work(only_one=True):
+                break
+
+    async def _work(self, *, only_one: bool = False) -> bool:
+        """Asks until nothing is left to ask, or one question; whether there was one."""
         while not self._stop.is_set():
-            question = next(self._pending, None)
+            question = self._next()
             if question is None:
-                return
+                return False
             most = self._most(question)
             if not await self._budget.reserve(most):
                 self.out_of_budget = True
                 self._stop.set()
-                return
+                return False
             call = None
             try:
                 call = await self._answered(question)
+                if call is not None:
+                    await self._store_set_aside()
             except PrefmoeError as problem:
                 self._problem = self._problem or problem
                 self._stop.set()
             finally:
                 self._budget.settle(most, None if call is None else call.usd)
             if call is not None:
+                self._num_answered += 1
                 self._learn_from(call)
                 self._watch(call)
             if only_one:
-                return
+                return True
+        return False
+
+    def _next(self) -> Question | None:
+        """What to ask next: before anything is answered, nothing about a pair that the endpoint takes issue with."""
+        aside = set() if self._num_answered else {question.pair for question, _, _ in self._set_aside}
+        skipped: list[Question] = []
+        found = None
+        for question in self._pending:
+            if question.pair not in aside:
+                found = question
+                break
+            skipped.append(question)
+        if skipped:
+            self._pending = chain(skipped, self._pending)
+        return found
+
+    def _put_aside(self, question: Question, reason: Reason, problem: PrefmoeError) -> None:
+        """Keeps a question that the endpoint rejects or fails on until another answer shows that it is the question.
+
+        One pair in 100,000 that it takes issue with is to stop nobody; several in a row are the endpoint.
+        """
+        self._set_aside.append((question, reason, problem))
+        if len({aside.pair for aside, _, _ in self._set_aside}) == _MOST_SET_ASIDE:
+            raise self._set_aside[0][2]
+
+    async def _store_set_aside(self) -> None:
+        """As unusable; they cost nothing."""
+        aside, self._set_aside = self._set_aside, []
+        for question, reason, problem in aside:
+            call = Call(question, unusable(question.points, reason, str(problem)), 0, 0, 0.0)
+            await self._commits.commit(call)
+            self._watch(call)
 
     def _learn_from(self, call: Call) -> None:
         """Keeps how far estimates can be off; the first call is alone, so the second one knows."""
@@ -131,7 +181,7 @@ class Asking:
             self._worst_ratio = max(self._worst_ratio, call.usd / estimate)
 
     async def _answered(self, question: Question) -> Call | None:
-        """The committed call; None if something stopped the asking before there was an answer."""
+        """The committed call; None if it is set aside, or something stopped the asking before there was an answer."""
         backoff = self._manners.backoff
         for attempt in range(backoff.attempts):
             await self._pace.wait(question.num_tokens + self._asked.output_limit(len(question.points)))
@@ -139,12 +189,19 @@ class Asking:
                 return None
             try:
                 reply = await self._asked.ask(question)
+            except Rejection as rejection:
+                self._put_aside(question, "rejected", rejection)
+                return None
             except Fault as fault:
                 if attempt + 1 == backoff.attempts:
-                    raise PrefmoeError(
+                    problem = PrefmoeError(
                         f"judge {question.judge!r} failed {backoff.attempts} times in a row on pair "
                         f"{question.pair_id!r}: {fault}; answers so far are stored, the same command goes on"
-                    ) from None
+                    )
+                    if not fault.may_stay:
+                        raise problem from None
+                    self._put_aside(question, "failed", problem)
+                    return None
                 await self._wait_out(fault, attempt)
             else:
                 call = self._as_call(question, reply)
@@ -244,9 +301,10 @@ class _GroupCommit:
                 else:
                     done.set_exception(problem)
 
-    def _record(self, calls: Sequence[Call]) -> PrefmoeError | None:
+    def _record(self, calls: Sequence[Call]) -> Exception | None:
+        """What went wrong, of whatever kind: those who wait have to hear of it."""
         try:
             self._store.record(calls)
-        except PrefmoeError as problem:
+        except Exception as problem:
             return problem
         return None

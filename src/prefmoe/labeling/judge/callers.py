@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 from prefmoe.errors import ConfigError, PrefmoeError
 from prefmoe.labeling.judge.answers import Answer, Reason
 from prefmoe.labeling.judge.asking import Asked
-from prefmoe.labeling.judge.endpoint import Endpoint, Fault, Reply, open_endpoint
+from prefmoe.labeling.judge.endpoint import Endpoint, Fault, Rejection, Reply, open_endpoint
 from prefmoe.labeling.judge.questions import Asks
 from prefmoe.labeling.judge.settings import JudgeSettings
 
@@ -211,8 +211,9 @@ def _packed(outcome: Reply | Exception) -> list[Any]:
         }
         return ["reply", answers, outcome.input_tokens, outcome.output_tokens]
     if isinstance(outcome, Fault):
-        return ["fault", str(outcome), outcome.wait]
-    return ["config" if isinstance(outcome, ConfigError) else "other", str(outcome)]
+        return ["fault", str(outcome), outcome.wait, outcome.may_stay]
+    kinds = {"rejected": Rejection, "config": ConfigError}
+    return [next((name for name, kind in kinds.items() if isinstance(outcome, kind)), "other"), str(outcome)]
 
 
 def _unpacked(packed: list[Any]) -> Reply | Exception:
@@ -220,7 +221,14 @@ def _unpacked(packed: list[Any]) -> Reply | Exception:
     if kind == "reply":
         answers, *counts = parts
         return Reply({point: _answer_of(*values) for point, values in answers.items()}, *counts)
-    errors: dict[str, type[Exception]] = {"fault": Fault, "config": ConfigError, "other": PrefmoeError}
+    if kind == "fault":
+        reason, wait, may_stay = parts
+        return Fault(reason, wait, may_stay=may_stay)
+    errors: dict[str, type[Exception]] = {
+        "rejected": Rejection,
+        "config": ConfigError,
+        "other": PrefmoeError,
+    }
     return errors[kind](*parts)
 
 

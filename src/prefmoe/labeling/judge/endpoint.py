@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from urllib.parse import urlsplit
 
 from prefmoe.errors import ConfigError
 from prefmoe.labeling.judge.answers import (
@@ -51,11 +52,16 @@ class Fault(Exception):
 
     Attributes:
         wait: Seconds that the endpoint asks to wait, None if it does not say.
+        may_stay: Whether it may be this very question that makes the endpoint fail.
     """
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
+    def __init__(self, reason: str, wait: float | None = None, *, may_stay: bool = True) -> None:
         super().__init__(reason)
-        self.wait = wait
+        self.wait, self.may_stay = wait, may_stay
+
+
+class Rejection(ConfigError):
+    """The endpoint does not take such a request; others it may take."""
 
 
 class Reply(NamedTuple):
@@ -107,6 +113,7 @@ class Endpoint:
 
         Raises:
             Fault: try again later.
+            Rejection: it does not take this request, for a reason that it does not name.
             ConfigError: trying again would not help: a wrong key, model or address.
         """
         messages = [
@@ -127,7 +134,7 @@ class Endpoint:
             content = await self._post(messages, limit=limit, schema=None)
         except _Unanswerable as dead_end:
             raise ConfigError(f"{self.model!r} does not answer ({dead_end.reason}): {dead_end}") from None
-        return str(_message(content).get("content") or "")
+        return self._without_key(str(_message(content).get("content") or ""))
 
     def output_limit(self, num_points: int) -> int:
         """Most tokens that an answer may have."""
@@ -145,6 +152,12 @@ class Endpoint:
             raise ConfigError(
                 f"judge {self.model!r}: {KEY_VARIABLE} is not set, and {_OPENAI} wants a key; set it in the "
                 "environment, or give --base-url of a server that wants none"
+            )
+        address = urlsplit(self.url)
+        if "@" in address.netloc or address.query or address.fragment:  # errors show the address
+            raise ConfigError(
+                f"base_url: the address of {address.hostname!r} carries a name, a password, a query or a fragment; "
+                f"expected one like http://127.0.0.1:8000/v1, and the key in {KEY_VARIABLE}"
             )
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(
@@ -178,7 +191,7 @@ class Endpoint:
                 return await self._send(body)
             except _Rejected as rejected:
                 if not self._drop(body, str(rejected)):
-                    raise ConfigError(
+                    raise Rejection(
                         f"{self.url} rejects the request for {self.model!r}: {self._clean(str(rejected))}"
                     ) from None
 
@@ -224,7 +237,9 @@ class Endpoint:
         except openai.APIConnectionError as error:
             in_time = not isinstance(error, openai.APITimeoutError)
             what = "the connection broke" if in_time else "no answer in time"
-            raise Fault(f"{what} ({self._clean(str(error.__cause__ or error))})") from None
+            raise Fault(
+                f"{what} ({self._clean(str(error.__cause__ or error))})", may_stay=not in_time
+            ) from None
         except openai.APIStatusError as error:
             raise self._status_problem(error) from None
         try:
@@ -244,7 +259,8 @@ class Endpoint:
                 f"{self.url}: the account has no credit left: {text}; what is stored stays stored"
             )
         if status in _TEMPORARY or status >= 500:
-            return Fault(f"status {status}", retry_after(error.response.headers))
+            wait = retry_after(error.response.headers)
+            return Fault(f"status {status}", wait, may_stay=status not in _TEMPORARY)
         if status in (401, 403):
             return ConfigError(
                 f"{self.url} does not let us in (status {status}): {text}; check {KEY_VARIABLE}"
@@ -257,7 +273,8 @@ class Endpoint:
 
     def _read(self, content: Mapping[str, Any], question: Asks) -> Reply:
         choice, message = content["choices"][0], _message(content)
-        usage = content.get("usage") or {}
+        usage = content.get("usage")
+        counted = usage if isinstance(usage, dict) else {}
         text = str(message.get("content") or "")
         reason: Reason | None = None
         if message.get("refusal") or choice.get("finish_reason") == "content_filter":
@@ -269,7 +286,7 @@ class Endpoint:
         else:
             tokens = _token_options(choice)
             answers = read_answers(self._without_key(text), question.points, question.allowed, tokens=tokens)
-        return Reply(answers, _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
+        return Reply(answers, _count(counted.get("prompt_tokens")), _count(counted.get("completion_tokens")))
 
     def _without_key(self, text: str) -> str:
         """The text without the key, should a server repeat it: errors and the store never see it."""

@@ -1,11 +1,12 @@
 """A judge as a labeler: asks what is not in the store yet, and labels what both orders agree on."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from prefmoe.errors import PrefmoeError
+from prefmoe.errors import PrefmoeError, PrefmoeWarning
 from prefmoe.labeling.interface import Labels
 from prefmoe.labeling.judge.asking import Asking, Manners
 from prefmoe.labeling.judge.budget import Budget, Prices
@@ -149,15 +150,23 @@ class JudgeLabeler:
         usd = self._prices.cost(input_tokens, output_tokens) if self._has_prices else None
         return Plan(calls, stored, input_tokens, output_tokens, usd)
 
+    def forget_unusable(self, pairs: Sequence[PreferencePair]) -> int:
+        """Makes `ask` put those questions again whose answers cannot be used; gives their number."""
+        self.interview.check(pairs)
+        self.store.claim()
+        return self.store.forget_unusable(self.name, {question.key for question in self._questions(pairs)})
+
     def ask(self, pairs: Sequence[PreferencePair]) -> None:
         """Puts every question that has no answer yet, as far as the budget allows."""
         self.interview.check(pairs)
-        self.store.claim()
-        known = self.store.keys(self.name)
-        to_ask = sum(question.key not in known for question in self._questions(pairs))
         self.out_of_budget = False
+        if not self._num_missing(pairs):
+            return  # without a claim: several processes of one training may look at the same time
+        self.store.claim()
+        to_ask = self._num_missing(pairs)  # once more: another process may have asked until now
         if not to_ask:
             return
+        known = self.store.keys(self.name)
         missing = (question for question in self._questions(pairs) if question.key not in known)
         with self.watcher(to_ask) as report:
             count = _Counter(report, to_ask, self.store.spent(self.name).usd if self._has_prices else None)
@@ -170,6 +179,7 @@ class JudgeLabeler:
         """What the store knows about these pairs in these words: hash of the pair -> point -> verdict."""
         groups = {question.group for question in self._questions(pairs)}
         found = collect_verdicts(self.store.answers(self.name), groups=groups)
+        self._warn_of_bare(found)
         # In the order of the pairs and of the tasks file, not in that in which answers came.
         keys = dict.fromkeys(map(hash_pair, pairs))
         ordered = {
@@ -178,6 +188,24 @@ class JudgeLabeler:
             if key in found
         }
         return calibrate(ordered) if self.settings.calibrate else ordered
+
+    def _warn_of_bare(self, verdicts: Verdicts) -> None:
+        """Of answers from before `confidence` was asked for: they say which side, and not how surely."""
+        if not (self.settings.confidence or self.settings.calibrate):
+            return
+        found = [verdict for points in verdicts.values() for verdict in points.values()]
+        bare = sum(v.label is not None and v.chosen_probability is None for v in found)
+        if bare:
+            warnings.warn(
+                f"{bare} of {len(found)} verdicts of {self.name!r} were stored without probabilities, so they give no "
+                "soft labels and are not calibrated; to ask again with them, choose another --store",
+                PrefmoeWarning,
+                stacklevel=3,
+            )
+
+    def _num_missing(self, pairs: Sequence[PreferencePair]) -> int:
+        known = self.store.keys(self.name)
+        return sum(question.key not in known for question in self._questions(pairs))
 
     def _questions(self, pairs: Sequence[PreferencePair]) -> Iterator[Question]:
         """All questions on these pairs, each once, even if a pair stands there twice."""

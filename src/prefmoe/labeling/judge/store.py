@@ -8,7 +8,7 @@ made while answers come in.
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -183,14 +183,26 @@ class AnswerStore:
                 answer = Answer(choice, cast("Reason | None", reason), reply, probabilities)
                 yield Stored(judge, group, pair, pair_id, task, point, bool(swapped), answer)
 
-    def forget_unusable(self, judge: str) -> int:
-        """Drops the calls of which any answer was unusable, so that they are asked again; gives their number."""
-        chosen = "SELECT key FROM calls JOIN answers USING (key) WHERE judge = ? AND choice IS NULL"
+    def forget_unusable(self, judge: str, questions: Set[str]) -> int:
+        """Drops the answers to those questions of which any was unusable, so that they are asked again.
+
+        The calls stay, under another key, for what they cost was spent.
+
+        Args:
+            judge: Whose answers.
+            questions: Keys of the questions.
+
+        Returns:
+            The number of questions to ask again.
+        """
+        chosen = "SELECT DISTINCT key FROM calls JOIN answers USING (key) WHERE judge = ? AND choice IS NULL"
         with self._problems():
             self._database.execute("BEGIN IMMEDIATE")
-            keys = {row for row in self._database.execute(chosen, (judge,))}
-            for table in ("answers", "calls"):
-                self._database.executemany(f"DELETE FROM {table} WHERE key = ?", keys)
+            keys = [row for row in self._database.execute(chosen, (judge,)) if row[0] in questions]
+            self._database.executemany("DELETE FROM answers WHERE key = ?", keys)
+            self._database.executemany(
+                "UPDATE calls SET key = 'asked again: ' || rowid || ' ' || key WHERE key = ?", keys
+            )
             self._database.execute("COMMIT")
         return len(keys)
 
@@ -242,10 +254,16 @@ def _call_row(call: Call) -> tuple[object, ...]:
     asked = call.question
     judge = asked.judge
     costs = (call.input_tokens, call.output_tokens, call.usd)
-    return (asked.key, asked.group, judge, asked.pair, asked.pair_id, asked.task, int(asked.swapped), *costs)
+    texts = map(_storable, (asked.key, asked.group, judge, asked.pair, asked.pair_id, asked.task))
+    return (*texts, int(asked.swapped), *costs)
 
 
 def _answer_rows(call: Call) -> Iterable[tuple[object, ...]]:
     for point, answer in call.answers.items():
         mass = answer.probabilities or (None, None, None)
-        yield (call.question.key, point, answer.choice, answer.reason, answer.text, *mass)
+        yield (call.question.key, point, answer.choice, answer.reason, _storable(answer.text), *mass)
+
+
+def _storable(text: str) -> str:
+    """Half a character, which JSON can carry and UTF-8 cannot, as a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")

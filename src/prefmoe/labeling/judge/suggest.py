@@ -21,7 +21,8 @@ from prefmoe.records import PreferencePair
 SAMPLE = 20
 _MAX_TOKENS = 1500
 _TRIES = 3
-_SAMPLE_CHARACTERS = 800  # of each text, so that twenty pairs fit into any context
+_SAMPLE_CHARACTERS = 400  # of each text: three a pair, some 6,000 tokens for twenty pairs
+_CHARACTERS_A_TOKEN = 4  # of English, roughly
 _NAME = re.compile(r"[a-z][a-z0-9_]{1,40}")
 
 _REQUEST = """Below are {number} examples of one kind of conversation. In each, people preferred answer 1 to answer 2.
@@ -50,21 +51,36 @@ def suggest_tasks(pairs: Sequence[PreferencePair], settings: JudgeSettings, *, s
         raise ConfigError(
             f"judge {settings.judge!r} compares probabilities and writes nothing; --suggest needs an endpoint"
         )
+    if settings.max_calls is not None and len(_by_task(pairs)) > settings.max_calls:
+        raise ConfigError(
+            f"--suggest takes a call for each of the {len(_by_task(pairs))} tasks, {_TRIES} where a proposal cannot be "
+            f"used; max_calls={settings.max_calls} does not allow that"
+        )
     content = run_alone(_suggest_all(pairs, settings, seed))
     TaskFile.model_validate(content)
     head = f"# Proposed by {settings.judge} from up to {SAMPLE} pairs a task: edit it, add what is missing.\n"
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
 
 
-async def _suggest_all(pairs: Sequence[PreferencePair], settings: JudgeSettings, seed: int) -> dict[str, Any]:
+def plan_suggestion(pairs: Sequence[PreferencePair]) -> tuple[int, int, int]:
+    """Calls of `suggest_tasks` if every proposal can be used, most tokens it reads (roughly), most it writes."""
+    texts = [min(SAMPLE, len(rows)) * 3 * _SAMPLE_CHARACTERS for rows in _by_task(pairs).values()]
+    return len(texts), sum(texts) // _CHARACTERS_A_TOKEN, len(texts) * _MAX_TOKENS
+
+
+def _by_task(pairs: Sequence[PreferencePair]) -> dict[str, list[PreferencePair]]:
     tasks: dict[str, list[PreferencePair]] = {}
     for pair in pairs:
         tasks.setdefault(pair.task or "all", []).append(pair)
+    return tasks
+
+
+async def _suggest_all(pairs: Sequence[PreferencePair], settings: JudgeSettings, seed: int) -> dict[str, Any]:
     endpoint = open_endpoint(settings)
     try:
         proposals = {
             task: await _suggest_one(endpoint, task, random.Random(seed).sample(rows, min(SAMPLE, len(rows))))
-            for task, rows in tasks.items()
+            for task, rows in _by_task(pairs).items()
         }
     finally:
         await endpoint.close()
