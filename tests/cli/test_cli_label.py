@@ -420,7 +420,14 @@ def test_a_local_judge_uses_the_same_store_and_report(desk, tmp_path):
     assert "17 of 17 calls" in done.stderr
     assert all(0 <= p <= 1 for row in desk.rows() for p in row["capability_probabilities"].values())
     report = json.loads(run_cli("label", "report", desk.out, "--json").stdout)
-    assert [point["pairs"] for point in report["judges"][local[1]]] == [6, 6]
+    points = report["judges"][local[1]]
+    assert [point["pairs"] for point in points] == [6, 6]
+    soft = [row["capability_probabilities"] for row in desk.rows()]
+    for name, point in zip(("wit", "brevity"), points, strict=True):
+        sided = sum((p[name] > 0.5) + (p[name] == 0.5) / 2 for p in soft)
+        assert point["soft_chosen"]["value"] == pytest.approx(sided / 6)
+        assert point["is_weak"] == (point["agreement"]["value"] < 0.6)
+    assert "soft: chosen" in run_cli("label", "report", desk.out).stderr
 
 
 def test_a_report_compares_judges_and_rows(desk):

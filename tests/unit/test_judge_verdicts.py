@@ -100,6 +100,23 @@ def test_quality_counts_by_hand():
     assert quality.reasons == {"refused": 1}
 
 
+def test_how_often_soft_labels_side_with_people():
+    """By hand: 0.85 for the chosen side, 0.15, and 0.5, also where the two orders disagree."""
+    sure = ((0.9, 0.1, 0.0), (0.2, 0.8, 0.0))
+    verdicts = {
+        "a": {"wit": verdict("1", "2", probabilities=sure)},
+        "c": {"wit": verdict("1", "1", probabilities=((0.9, 0.1, 0.0),) * 2)},
+        "d": {"wit": verdict("1", "2")},
+    }
+    (quality,) = measure_points(verdicts)
+    assert quality.soft_chosen.value == pytest.approx((1 + 0.5) / 2)
+    wrong = verdict("2", "1", probabilities=((0.2, 0.8, 0.0), (0.9, 0.1, 0.0)))
+    (quality,) = measure_points(verdicts | {"b": {"wit": wrong}})
+    assert quality.soft_chosen.value == pytest.approx((1 + 0 + 0.5) / 3)
+    assert quality.soft_chosen.low < 0.5 < quality.soft_chosen.high
+    assert measure_points({"d": verdicts["d"]})[0].soft_chosen is None
+
+
 def test_quality_of_a_point_without_usable_answers():
     (quality,) = measure_points({"a": {"wit": verdict(BAD, BAD)}})
     assert (quality.agreement, quality.first, quality.ties, quality.kept) == (None, None, None, 0.0)

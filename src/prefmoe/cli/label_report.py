@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from prefmoe.cli.label_tables import print_comparison, print_quality
+from prefmoe.cli.label_tables import is_weak, print_comparison, print_quality
 from prefmoe.errors import DataError
 from prefmoe.labeling.files import SourceRow, read_rows
 from prefmoe.labeling.judge.comparison import Agreement, Comparison, compare_all, gather_labels
@@ -98,6 +98,8 @@ def _point(point: PointQuality) -> dict[str, Any]:
         "ties": point.ties,
         "kept": point.kept,
         "labels": {str(side): point.labels.get(side, 0) for side in (1, 0, -1)},
+        "soft_chosen": point.soft_chosen and point.soft_chosen._asdict(),
+        "is_weak": is_weak(point),
         "unusable": dict(point.reasons),
     }
 

@@ -21,7 +21,8 @@ _ADVICE = (
 def print_quality(judge: str, points: Sequence[PointQuality], console: Console) -> None:
     """What each point's answers are worth, why some could not be used, and a warning for each weak point."""
     table = Table("task", "point", title=f"Answers of {judge} in both orders", title_justify="left")
-    for column in ("pairs", "agree", "first", "ties", "kept", "labels"):
+    has_soft = any(point.soft_chosen is not None for point in points)
+    for column in ("pairs", "agree", "first", "ties", "kept", "labels", *["soft: chosen"][:has_soft]):
         table.add_column(column, justify="right")
     for point in points:
         sides = " : ".join(str(point.labels.get(side, 0)) for side in (1, 0, -1))
@@ -31,6 +32,7 @@ def print_quality(judge: str, points: Sequence[PointQuality], console: Console) 
             _number(point.ties),
             f"{point.kept:.2f}",
             sides,
+            *[_interval(point.soft_chosen)][:has_soft],
         )
         table.add_row(Text(point.task), Text(point.point), str(point.pairs), *cells)
     console.print(table)
@@ -41,8 +43,13 @@ def print_quality(judge: str, points: Sequence[PointQuality], console: Console) 
         listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         console.print(f"Unusable answers: {listed}", highlight=False)
     for point in points:
-        if point.agreement is not None and point.agreement.value < WEAK_AGREEMENT:
+        if is_weak(point):
             console.print(_warning(point), highlight=False, markup=False, soft_wrap=True)
+
+
+def is_weak(point: PointQuality) -> bool:
+    """Whether the two orders agree on too few pairs."""
+    return point.agreement is not None and point.agreement.value < WEAK_AGREEMENT
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

@@ -149,6 +149,8 @@ class PointQuality:
         agreement: Share of the pairs with two usable answers whose answers agree; None without such pairs.
         first: Share of "first" among the answers that are no tie, with its 95 % interval; 0.5 is no position bias.
         ties: Share of ties among the usable answers.
+        soft_chosen: Share of soft labels above one half, so on the side that was chosen; one half itself counts half.
+            With its 95 % interval; None without probabilities.
         labels: Kept labels by side.
         reasons: Unusable answers by reason.
     """
@@ -159,6 +161,7 @@ class PointQuality:
     agreement: Interval | None
     first: Interval | None
     ties: float | None
+    soft_chosen: Interval | None = None
     labels: Mapping[int, int] = field(default_factory=dict)
     reasons: Mapping[str, int] = field(default_factory=dict)
 
@@ -185,6 +188,7 @@ def _measure(task: str, point: str, verdicts: Sequence[Verdict], seed: int) -> P
     decided = [
         sum(one.choice in (FIRST, SECOND) for one in (verdict.given, verdict.swapped)) for verdict in verdicts
     ]
+    soft = [share for verdict in verdicts if (share := verdict.chosen_probability) is not None]
     return PointQuality(
         task,
         point,
@@ -192,6 +196,9 @@ def _measure(task: str, point: str, verdicts: Sequence[Verdict], seed: int) -> P
         agreement=clustered_share([given == swapped for given, swapped in both], [1] * len(both), seed=seed),
         first=clustered_share(first, decided, seed=seed),
         ties=usable[TIE] / usable.total() if usable else None,
+        soft_chosen=clustered_share(
+            [(share > 0.5) + (share == 0.5) / 2 for share in soft], [1] * len(soft), seed=seed
+        ),
         labels=Counter(verdict.label for verdict in verdicts if verdict.label is not None),
         reasons=Counter(answer.reason for answer in answers if answer.reason is not None),
     )
