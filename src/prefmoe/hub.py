@@ -6,7 +6,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer, GgufConfig
+
+from prefmoe.errors import OutputError
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -42,7 +45,12 @@ def _dequantized(gguf_file: Path) -> Path:
     model = AutoModel.from_pretrained(
         **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    (folder / "done").touch()
+    try:
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+        (folder / "done").touch()
+    except (OSError, SafetensorError) as problem:
+        raise OutputError(
+            f"{folder}: the model cannot be kept there: {problem}; free space, or set HF_HOME to another folder"
+        ) from problem
     return folder

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from cli_helpers import MAX_LENGTH, pair_rows, run_cli, write_config
 from data_helpers import row, write_rows
@@ -395,7 +396,8 @@ def test_a_model_that_cannot_be_used_is_a_checkpoint_error(model_copy, spoil, se
     assert not (folder / "out.jsonl").exists()
 
 
-def test_a_full_disk_during_the_save_keeps_the_old_model_whole(backbone_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["weights", "tokenizer"])
+def test_a_full_disk_during_the_save_keeps_the_old_model_whole(backbone_folder, tmp_path, monkeypatch, what):
     config = write_config(tmp_path, backbone_folder)
     quick = ["--set", "phase1.epochs=0", "--set", "phase2.epochs=0"]
     assert run_cli("reward", "train", config, *quick).exit_code == 0
@@ -404,14 +406,42 @@ def test_a_full_disk_during_the_save_keeps_the_old_model_whole(backbone_folder, 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(artefact, "save_torch_state_dict", full)
+    def full_for_rust(_, folder, **__):
+        (folder / "tokenizer.json").write_text("{")
+        raise Exception("No space left on device (os error 28)")  # as the tokenizers package does
+
+    if what == "weights":
+        monkeypatch.setattr(artefact, "save_torch_state_dict", full)
+    else:
+        monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full_for_rust)
     result = run_cli("reward", "train", config, *quick)
     assert (result.exit_code, result.stdout) == (5, "")
-    expected = (
-        f"{tmp_path}/run/dmoerm: could not be saved, what was there is unchanged: .*No space left on device\n"
-    )
+    expected = f"{tmp_path}/run/dmoerm: could not be saved, what was there is unchanged: .*No space left on device.*\n"
     assert re.search(expected, result.stderr)
     assert {file.name: file.read_bytes() for file in (tmp_path / "run" / "dmoerm").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("file write failed\nsomewhere")],
+)
+def test_a_full_disk_during_a_checkpoint_has_a_sentence_and_the_run_goes_on(
+    backbone_folder, tmp_path, monkeypatch, problem
+):
+    config = write_config(tmp_path, backbone_folder)
+
+    def full(*_, **__):
+        raise problem
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+        result = run_cli("reward", "train", config)
+    assert (result.exit_code, result.stdout) == (5, "")
+    last = result.stderr.splitlines()[-1]
+    assert re.search(
+        "run/checkpoints/.*: a checkpoint could not be written (.*); free space and give the same", last
+    )
+    assert run_cli("reward", "train", config).exit_code == 0
 
 
 def test_a_finished_step_cut_in_half_is_named(backbone_folder, tmp_path):

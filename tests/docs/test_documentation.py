@@ -157,6 +157,16 @@ def test_rows_of_papers_md_point_to_code_and_tests_that_exist(cells):
     assert tests, "no test is named"
 
 
+@pytest.mark.parametrize(
+    "page", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name
+)
+def test_every_table_has_a_head(page):
+    """A blank line inside a table makes plain text of what follows."""
+    lines = ["", *page.read_text(encoding="utf-8").splitlines(), ""]
+    tops = [i for i, line in enumerate(lines) if line.startswith("|") and not lines[i - 1].startswith("|")]
+    assert [lines[i] for i in tops if not re.fullmatch(r"\|[-:| ]+\|", lines[i + 1])] == []
+
+
 def test_papers_md_has_every_defect_of_the_release():
     rows = [cells[0] for cells in _papers_rows()]
     assert [n for n in range(1, 19) if not any(row.startswith(f"{n}.") for row in rows)] == []

@@ -123,3 +123,20 @@ def test_bfloat16_backbones_give_nearly_the_same_rewards():
     rewards = fast(rough, **options)
     assert rewards.dtype == torch.float32
     torch.testing.assert_close(rewards, fast(exact, **options), rtol=0.05, atol=0.1)
+
+
+def test_trunk_once_and_each_upper_layer_once_a_task_for_all_its_experts():
+    """Two texts that share nothing: the trunk sees them once, the upper layers once under each expert, in one pass."""
+    model = tiny_reward_model()
+    calls = {index: [] for index in range(4)}
+    for index, seen in calls.items():
+        model.backbone.layers[index].register_forward_hook(
+            lambda *args, seen=seen: seen.append(args[2].shape[1])
+        )
+    num_experts = len(model.config.experts_of(next(iter(model.config.tasks))))
+    assert num_experts > 1
+    split, tokens = model.config.split_layer, sum(LENGTHS[:2])
+    batch = {name: values[:2] for name, values in batch_of(some_texts()).items()}
+    model(**batch, routing="given", task_ids=torch.tensor([0, 0]))
+    assert all(calls[index] == [tokens] for index in range(split))
+    assert all(calls[index] == [num_experts * tokens] for index in range(split, 4))

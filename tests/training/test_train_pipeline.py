@@ -181,6 +181,16 @@ def test_single_wide_has_the_rank_of_all_experts_together(run: FinishedRun) -> N
     assert len(scale) == 1
 
 
+def test_methods_see_the_same_pairs_as_often(run: FinishedRun) -> None:
+    """One adapter on all tasks, a wide one, and the task adapters together; a shared start is part of the latter two."""
+    of_tasks = [row for task in TASKS for row in run.job(task).train]
+    for name in ("single@", "single_wide"):
+        assert sorted(run.job(name).train) == sorted(of_tasks) == sorted(run.bench.train.rows)
+    if run.settings.phase1.shared_start:
+        assert sorted(run.job("shared").train) == sorted(of_tasks)
+        assert run.job("single@").start is run.job(next(iter(TASKS))).start is not None
+
+
 def test_what_methods_share_is_computed_once(run: FinishedRun) -> None:
     names = [job.name for job in run.record.jobs]
     assert len(names) == len(set(names))

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, LlamaForCausalLM
 
@@ -137,6 +139,18 @@ def test_other_weights_have_another_hash():
         for model in (tiny_backbone(), changed, tiny_backbone(seed=1), tiny_backbone(layers=3))
     ]
     assert len(set(hashes)) == 4
+
+
+@given(st.data())
+@settings(max_examples=30)
+def test_any_value_that_changes_changes_the_hash(data):
+    """Also one that no sample of evenly spaced values would meet."""
+    model = tiny_backbone()
+    before = weights_hash(model)
+    name = data.draw(st.sampled_from(sorted(model.state_dict())))
+    values = model.state_dict()[name].view(-1)
+    values[data.draw(st.integers(0, values.numel() - 1))] += 1
+    assert weights_hash(model) != before
 
 
 def test_a_new_backbone_does_not_share_the_config_it_was_made_from():

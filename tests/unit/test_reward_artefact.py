@@ -87,6 +87,15 @@ def test_save_then_load_is_the_identity(model, tmp_path, include_backbone):
     assert contents(tmp_path / "n") == contents(tmp_path / "m")
 
 
+def test_a_config_that_cannot_be_read_back_is_not_saved(model, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    before = contents(tmp_path / "m")
+    model.config.max_tokens = float("nan")  # JSON has no such number, and it equals nothing
+    with pytest.raises(CheckpointError, match="max_tokens of the config was read back differently"):
+        model.save_pretrained(tmp_path / "m")
+    assert contents(tmp_path / "m") == before
+
+
 @pytest.mark.parametrize("changes", [{"pooling": "mean"}, {"dense_tasks": True}, {"standardize": False}])
 def test_save_then_load_is_the_identity_in_other_shapes(tmp_path, changes):
     model = tiny_reward_model(**changes)

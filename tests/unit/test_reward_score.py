@@ -1,5 +1,7 @@
 """Texts in, reports out: whatever order and batch size, and with every problem named."""
 
+import json
+
 import pytest
 import torch
 
@@ -152,6 +154,17 @@ def test_another_chat_template_is_refused():
 def test_a_tokenizer_whose_template_was_changed_is_overruled_by_the_saved_template(folder):
     byte_tokenizer(STRICT).save_pretrained(folder)
     assert RewardModel.load(folder).renderer.chat_template == CHATML
+
+
+def test_a_tokenizer_with_other_words_is_refused(folder):
+    """The template is the saved one, so only what it makes of a text can tell."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    words = content["model"]["vocab"]
+    words["a"], words["e"] = words["e"], words["a"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="the chat template or the tokenizer .* is not the one"):
+        RewardModel.load(folder)
 
 
 def test_no_tokenizer_beside_the_model(folder):

@@ -24,6 +24,13 @@ PLAIN_TEMPLATE = (
 )
 _MARK = "\ufdd0"  # a Unicode noncharacter: allowed inside a program, never in text that is exchanged
 _DATE = "26 Jul 2024"  # Llama 3's templates print today's date, which would change rewards over night
+# What tells tokenizers apart: their words, their numbers, what they make of white space and of other scripts.
+_PROBE = (
+    Message("user", "Which of the 1234567 answers is better?\n\t  Naïve “quotes”, 你好, <b>3.14</b> 🙂"),
+)
+_PROBE_ANSWER = (
+    Message("assistant", "The second one, because it is honest; the others aren't helpful at all."),
+)
 _CACHED_PROMPTS = 64  # the completions of a prompt come one after the other
 
 
@@ -81,8 +88,13 @@ class Renderer:
 
     @property
     def template_hash(self) -> str:
-        """First 16 hex digits of the SHA-256 of the chat template; stored with every model."""
-        return hashlib.sha256(self.chat_template.encode()).hexdigest()[:16]
+        """16 hex digits that identify the rendering; stored with every model.
+
+        Of the chat template, and of the tokens that it and the tokenizer make of one conversation: a tokenizer with
+        other words has another.
+        """
+        tokens = self._parts(_PROBE, _PROBE_ANSWER)
+        return hashlib.sha256(f"{self.chat_template} {tokens}".encode()).hexdigest()[:16]
 
     def encode(self, prompt: Messages, completion: Messages) -> Encoded:
         """Token ids of a prompt with its completion.

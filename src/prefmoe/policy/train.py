@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer
@@ -21,7 +21,7 @@ from prefmoe.policy.pairs import TokenPairs
 from prefmoe.policy.router_start import fit_router_starts, start_routers
 from prefmoe.policy.shared_prompts import share_prompts
 from prefmoe.policy.trainers import connect_preferences
-from prefmoe.runs.run import LogCallback
+from prefmoe.runs.run import LogCallback, writing_checkpoint
 
 AVERAGE = "average"  # name of the adapter that averages others
 
@@ -134,6 +134,10 @@ def _trained_state(
 
 class TokenizedDPOTrainer(DPOTrainer):
     """TRL's trainer on pairs that `Renderer` has rendered, which keeps the completion where TRL would cut it."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with writing_checkpoint(Path(self.args.output_dir)):
+            super()._save_checkpoint(model, trial)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset

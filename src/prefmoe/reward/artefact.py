@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefmoe.backbone.layers import load_backbone, new_backbone
 from prefmoe.errors import CheckpointError, ConfigError
@@ -42,6 +42,7 @@ class ArtefactMixin(_MixedInto):
         save_directory: str | Path,
         *,
         include_backbone: bool = False,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         max_shard_size: int | str = "5GB",
         **_: Any,
     ) -> None:
@@ -50,6 +51,7 @@ class ArtefactMixin(_MixedInto):
         Args:
             save_directory: Folder, made if needed.
             include_backbone: Also write the frozen weights, so that the folder needs nothing else.
+            tokenizer: Written beside the model.
             max_shard_size: Largest weight file.
 
         Raises:
@@ -72,6 +74,9 @@ class ArtefactMixin(_MixedInto):
                 )
                 self.config.save_pretrained(staging)
                 _compare(tensors, read_tensors(staging))
+                _compare_configs(self.config, read_config(staging))
+                if tokenizer is not None:
+                    _save_tokenizer(tokenizer, staging)
                 _replace_files(target, staging)
         except (OSError, SafetensorError) as problem:
             raise CheckpointError(
@@ -128,6 +133,13 @@ class ArtefactMixin(_MixedInto):
             model.to(backbone.device)  # our parts go where the backbone went
         model.config.name_or_path = str(pretrained_model_name_or_path)
         return model.eval()
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as problem:  # its Rust core raises plain ones where the disk is full
+        raise OSError(str(problem)) from problem
 
 
 def own_tensors(model: Any, *, include_backbone: bool) -> dict[str, Tensor]:
@@ -191,6 +203,16 @@ def _compare(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
         same = name in written and name in read and torch.equal(written[name].cpu(), read[name])
         if not same:
             raise CheckpointError(f"{name} was read back differently from what was saved")
+
+
+def _compare_configs(written: DMoERMConfig, read: DMoERMConfig) -> None:
+    before, after = written.to_dict(), read.to_dict()
+    names = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    names.discard("_name_or_path")  # where it was loaded from; a saved config does not say
+    if names:
+        raise CheckpointError(
+            f"{', '.join(sorted(names))} of the config was read back differently from what was saved"
+        )
 
 
 def _load_strictly(model: Any, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -34,7 +34,7 @@ class DMoERMConfig(PreTrainedConfig):
         standardize: Whether rewards are given in standard deviations around the task's mean.
         max_tokens: Longest text; not called max_length, which transformers keeps for generation.
         chat_template: Template that the model was trained with.
-        template_hash: Hash of the rendering rules, checked by scorers.
+        template_hash: Hash of the rendering (`Renderer.template_hash`), checked by scorers.
         response_marker: Token ids that end every prompt; finds the prompt in bare token ids.
     """
 

@@ -193,9 +193,10 @@ def pretrain_backbone(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    tokenizer.save_pretrained(staging)
-    model.model.cpu().save_pretrained(staging)
-    staging.replace(folder)
+    with writing(staging):
+        tokenizer.save_pretrained(staging)
+        model.model.cpu().save_pretrained(staging)
+        staging.replace(folder)
 
 
 def _as_turns(text: str) -> str:

@@ -114,8 +114,8 @@ class RewardModel:
     ) -> None:
         if model.config.template_hash not in (None, renderer.template_hash):
             raise CheckpointError(
-                f"the chat template (hash {renderer.template_hash}) is not the one that the model was trained with "
-                f"(hash {model.config.template_hash}); use the tokenizer saved beside the model"
+                f"the chat template or the tokenizer (hash {renderer.template_hash}) is not the one that the model was "
+                f"trained with (hash {model.config.template_hash}); use the tokenizer saved beside the model"
             )
         self.model, self.renderer, self.batch_tokens = model, renderer, batch_tokens
 

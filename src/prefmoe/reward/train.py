@@ -98,8 +98,7 @@ def _train_phases(bench: Workbench, folds: list[Fold], *, crossfit: bool) -> dic
 
 def save_model(bench: Workbench, model: DMoERMForSequenceClassification, folder: Path) -> None:
     """The small artefact with its tokenizer."""
-    model.save_pretrained(folder)
-    bench.tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder, tokenizer=bench.tokenizer)
 
 
 def _one_expert_model(

@@ -16,6 +16,7 @@ from prefmoe.reward.features import pooled_states
 from prefmoe.reward.jobs import ExpertJob
 from prefmoe.reward.trunk import Trunk
 from prefmoe.runs.progress import Progress
+from prefmoe.runs.run import writing_checkpoint
 
 
 class PairModule(nn.Module):
@@ -106,6 +107,10 @@ class ExpertTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with writing_checkpoint(Path(self.args.output_dir)):
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)

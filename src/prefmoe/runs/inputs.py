@@ -27,15 +27,13 @@ def hash_of_files(files: Iterable[Path]) -> str:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """16 hex digits that identify the weights: names, shapes, and a sample of the values of every tensor.
+    """16 hex digits that identify the weights: names, shapes, and every value, rounded to bfloat16.
 
-    A sample (at most 4,096 values a tensor, in float32) tells two checkpoints apart and takes milliseconds; it is
-    the same for the same weights stored in bfloat16 or loaded to any device.
+    So it is the same for the same weights stored in bfloat16 or loaded to any device. Takes about a second a billion
+    weights.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.bfloat16).float()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
     return digest.hexdigest()[:16]

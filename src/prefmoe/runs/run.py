@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from prefmoe.data.write import writing
-from prefmoe.errors import CheckpointError, ConfigError, DataError
+from prefmoe.errors import CheckpointError, ConfigError, DataError, OutputError, PrefmoeError
 from prefmoe.evaluation.files import write_text
 
 T = TypeVar("T")
@@ -160,6 +160,24 @@ class Run:
             path = self.folder / "metrics.jsonl"
             with writing(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": 0, "phase": phase, **values}) + "\n")
+
+
+@contextlib.contextmanager
+def writing_checkpoint(folder: Path) -> Iterator[None]:
+    """Around what writes a trainer's checkpoint, in whose many files a full disk has many names.
+
+    Raises:
+        OutputError: it could not be written.
+    """
+    try:
+        yield
+    except PrefmoeError:
+        raise
+    except (OSError, RuntimeError) as problem:  # torch.save raises the second
+        raise OutputError(
+            f"{folder}: a checkpoint could not be written ({str(problem).splitlines()[0]}); free space and give the "
+            "same command again, it goes on from the last whole one"
+        ) from problem
 
 
 def process_state() -> PartialState:
