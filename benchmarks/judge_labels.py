@@ -8,9 +8,10 @@ r"""Phase 2 trained on rules, on a judge's labels, and on both: the same pairs, 
 For each kind one config is written (`<out>/<kind>.yaml`) and `prefmoe reward train` run on it, one after the other; a
 killed benchmark goes on with the same command. Where a judge left a task without labels, that task has no capability
 experts, which training says; where it left some pairs of a point without, that expert has fewer pairs and steps. The
-validation pairs have the labels of rules or none: then an expert keeps its last state in place of its best. At the end the accuracies of the models stand side by side. With `--soft-labels` a
-judge's probabilities are learned from in place of its labels, also where its two orders disagree; `prefmoe label`
-writes them with `--confidence`. `--dry-run` writes the configs and files only.
+validation pairs have the labels of rules or none: then an expert keeps its last state in place of its best. At the end
+the accuracies of the models stand side by side. With `--soft-labels` a judge's probabilities are learned from in place
+of its labels, also where its two orders disagree; `prefmoe label` writes them with `--confidence`. `--dry-run` writes
+the configs and files only.
 """
 
 import argparse

@@ -290,6 +290,8 @@ def test_generate_answers_arguments_and_lines_of_stdin(trained, monkeypatch):
     assert isinstance(json.loads(one.stdout), str)
     turned = run_cli("policy", "generate", model, "Hi there", "--max-new-tokens", 5, "--prefer", "helpful=0")
     assert turned.exit_code == 0, turned.stderr
+    of_run = run_cli("policy", "generate", trained[0] / "run", "Hi there", "--max-new-tokens", 5)
+    assert of_run.stdout == one.stdout
     from typer.testing import CliRunner
 
     from prefmoe.cli.app import app
@@ -364,7 +366,11 @@ def test_mistakes_in_a_config_are_sentences(language_model_folder, tmp_path, cha
         (["generate", "MODEL", "x", "--prefer", "warm=2"], 4, "there is no group 'warm'"),
         (["generate", "MODEL", "x", "--prefer", "helpful=-1"], 4, "expected a number of 0 or more"),
         (["generate", "LORA", "x", "--prefer", "helpful=2"], 4, "is no PMoL adapter, it cannot be steered"),
-        (["generate", "nowhere", "x"], 5, "nowhere: holds no adapter"),
+        (
+            ["generate", "nowhere", "x"],
+            5,
+            "nowhere: holds no adapter; expected a folder such as runs/policy/pmol",
+        ),
         (["weights", "LORA", "TEST", "-o", "w.png"], 4, "is no PMoL adapter"),
         (["export", "MODEL", "-o", "x"], 4, "give weights (--prefer GROUP=WEIGHT)"),
         (["eval", "MODEL", "nowhere.jsonl"], 3, "nowhere.jsonl"),
@@ -378,6 +384,20 @@ def test_mistakes_of_a_command_are_sentences(trained, arguments, code, sentence,
     assert result.exit_code == code, result.stderr
     assert sentence in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_run_without_pmol_names_its_adapters(trained, tmp_path):
+    shutil.copytree(trained[0] / "run" / "lora", tmp_path / "run" / "lora")
+    result = run_cli("policy", "generate", tmp_path / "run", "x")
+    assert result.exit_code == 5
+    assert f"holds no adapter; give one of {tmp_path}/run/lora" in result.stderr
+
+
+def test_one_preference_has_no_group_loss_and_says_so(language_model_folder, tmp_path):
+    config = write_config(tmp_path, language_model_folder, methods=["pmol"])
+    result = run_cli("policy", "train", config, "--set", "data.preferences=[helpful]")
+    assert result.exit_code == 0, result.stderr
+    assert "PMoL has one group, 'helpful', so the group loss has nothing to tell apart" in result.stderr
 
 
 def test_an_adapter_on_a_base_of_another_size_is_refused(trained, tmp_path):

@@ -195,6 +195,37 @@ def test_a_missing_column(tmp_path):
         trainer_of("dpo", tmp_path, rows=rows)
 
 
+def test_a_column_that_is_missing_in_the_evaluation_data_only(tmp_path):
+    trainer = trainer_of("dpo", tmp_path, connect=False, eval_strategy="steps")
+    bare = trainer.eval_dataset.remove_columns("preference")
+    for data, name in ((bare, "evaluation"), ({"mine": bare}, "evaluation mine")):
+        trainer.eval_dataset = data
+        with pytest.raises(DataError, match=f"the {name} data have no column 'preference'"):
+            connect_preferences(trainer)
+
+
+@pytest.mark.parametrize("name", ["dpo", "orpo", "cpo", "kto"])
+def test_only_tokens_of_completions_count(name, tmp_path):
+    """`no` and `yes` with their number, one byte a token, and the end of the text; prompts are one byte longer or so."""
+    rows = [{**row, "preference": row["preference"] or "a"} for row in TRAINERS[name][2]]
+    trainer = trainer_of(name, tmp_path, rows=rows)
+    counted = []
+    routing = trainer.accelerator.unwrap_model(trainer.model).base_model.routings["default"]
+    routing.listeners.append(lambda _, batch: counted.extend(batch.mask.sum(dim=1).tolist()))
+    trainer.train()
+    assert counted
+    assert set(counted) <= {len("no0") + 1, len("yes0") + 1}
+
+
+def test_the_card_still_says_how_to_load_when_trl_has_written_its_own(tmp_path):
+    trainer = trainer_of("dpo", tmp_path)
+    trainer.save_model()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card.count("import prefmoe") == 1
+    assert "DPO" in card
+
+
 def test_an_unknown_preference_names_the_nearest_group(tmp_path):
     rows = [{**row, "preference": "helpfull"} for row in PAIRS]
     config = {"groups": {"helpful": 1, "harmless": 1}}

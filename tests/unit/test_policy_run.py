@@ -193,6 +193,13 @@ def test_an_export_of_real_routers_says_how_far_off_it_is_and_can_be_merged(tmp_
     assert report.mean_difference > 0.001
 
 
+def test_an_export_of_modules_trained_as_a_whole_is_refused(tmp_path):
+    model = policy(modules_to_save=["lm_head"])
+    with pytest.raises(ConfigError, match=r"also trained lm_head as a whole .modules_to_save."):
+        export_lora(model, tmp_path, weights={"helpful": 1.0})
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_export_knows_its_groups(tmp_path):
     with pytest.raises(ConfigError, match="there is no group 'warm'; groups are helpful, harmless"):
         export_lora(policy(), tmp_path, weights={"warm": 1.0})

@@ -50,6 +50,11 @@ def export_lora(
         raise ConfigError(f"export: {type(tuner).__name__} is no PMoL adapter; nothing to export")
     adapter = tuner.active_adapters[0]
     groups = tuner.routings[adapter].groups
+    if whole := model.peft_config[adapter].modules_to_save:
+        raise ConfigError(
+            f"export: the adapter also trained {', '.join(whole)} as a whole (modules_to_save), which a plain LoRA "
+            "does not hold; save that model with its adapter instead"
+        )
     unknown = sorted(set(weights) - set(groups.names))
     if unknown:
         raise ConfigError(f"export: there is no group {unknown[0]!r}; groups are {', '.join(groups.names)}")

@@ -32,8 +32,6 @@ def pmol_config(method: str, settings: AdapterSettings, preferences: Sequence[st
     """The adapter of PMoL or one of its variants."""
     values: dict[str, Any] = settings.model_dump() | _CHANGES[method]
     per_group = values.pop("experts_per_group")
-    if len(preferences) == 1:
-        values["group_loss"] = "none"  # there is nothing to tell apart
     return PMoLConfig(groups=dict.fromkeys(preferences, per_group), task_type="CAUSAL_LM", **values)
 
 

@@ -90,7 +90,9 @@ class AdapterRouting:
         self.log_factors: Tensor | None = None
         self.loss_scale: Callable[[], float] = _one
         self.listeners: list[Listener] = []
-        self.waiting_target: Tensor | None = None  # of the next batch, where a trainer cannot pass it along
+        # Of the next batch, where a trainer cannot pass them along: preferences, and which tokens count.
+        self.waiting_target: Tensor | None = None
+        self.waiting_mask: Tensor | None = None
         self.has_warned = False
         self._pass = _Pass()
         self._decisions: dict[str, Tensor] = {}

@@ -29,6 +29,20 @@ from prefmoe.runs.inputs import hash_of_files
 from prefmoe.runs.progress import Progress, silent
 
 
+def adapter_folder(folder: Path) -> Path:
+    """The folder of a trained policy: itself, or of a run with PMoL, that of its PMoL adapter.
+
+    Raises:
+        CheckpointError: It holds no adapter.
+    """
+    for found in (folder, folder / "pmol"):
+        if (found / "adapter_config.json").exists():
+            return found
+    inside = sorted(str(file.parent) for file in folder.glob("*/adapter_config.json"))
+    hint = f"give one of {', '.join(inside)}" if inside else "expected a folder such as runs/policy/pmol"
+    raise CheckpointError(f"{folder}: holds no adapter; {hint}")
+
+
 def saved_config(folder: Path, weights: Mapping[str, float] | None = None) -> PeftConfig:
     """The config of a trained policy, before its model is loaded.
 
@@ -36,8 +50,7 @@ def saved_config(folder: Path, weights: Mapping[str, float] | None = None) -> Pe
         CheckpointError: The folder holds no adapter.
         ConfigError: There are weights to steer with, but it cannot be steered by them.
     """
-    if not (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder}: holds no adapter; expected a folder such as runs/policy/pmol")
+    folder = adapter_folder(folder)
     config = PeftConfig.from_pretrained(folder)
     if weights and not isinstance(config, PMoLConfig):
         raise ConfigError(f"{folder}: is no PMoL adapter, it cannot be steered; leave --prefer out")
@@ -55,6 +68,7 @@ def load_saved(
         CheckpointError: The folder holds no adapter, a damaged one, or one of another language model.
         ConfigError: There are weights to steer with, but it cannot be steered by them.
     """
+    folder = adapter_folder(folder)
     name = saved_config(folder, weights).base_model_name_or_path or ""
     base = load_language_model(ModelSettings(name=name))
     try:
@@ -73,7 +87,7 @@ def load_saved(
 
 def adapter_hash(folder: Path) -> str:
     """16 hex digits that identify a saved adapter: its config and its weights."""
-    return hash_of_files(sorted(folder.glob("adapter_*")))
+    return hash_of_files(sorted(adapter_folder(folder).glob("adapter_*")))
 
 
 def longest_prompt(model: PeftModel, max_new_tokens: int) -> int:

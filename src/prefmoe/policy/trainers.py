@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from transformers import Trainer
 from trl import DPOTrainer
 
 from prefmoe.errors import ConfigError, DataError
+from prefmoe.policy.card import say_how_to_load
 from prefmoe.policy.preferences import preference_row
 from prefmoe.policy.routing import AdapterRouting, RoutedBatch, RouterRecord, mean_values, summarize
 from prefmoe.policy.shared_prompts import share_prompts
@@ -54,6 +56,7 @@ def connect_preferences(
     _keep_column(trainer, column)
     _hand_over(trainer, routing)
     _log(trainer, routing)
+    _keep_card(trainer)
     if router_learning_rate is not None:
         _set_router_rate(trainer, router_learning_rate)
     if hasattr(trainer, "_generate_and_score_completions"):
@@ -96,16 +99,22 @@ def _tuner_of(trainer: Trainer) -> PMoLModel:
 
 
 def _check_column(trainer: Trainer, column: str) -> None:
-    names = getattr(trainer.train_dataset, "column_names", None)
-    if names and "seq_lengths" in names:
-        raise DataError(
-            "the training data are packed, and packed rows lose their preference: set packing=False"
-        )
-    if names and column not in names:
-        raise DataError(
-            f"the training data have no column {column!r}; they have {', '.join(names)}; add one with each row's "
-            "preference, or name another"
-        )
+    evaluation = trainer.eval_dataset
+    parts = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
+    named = {"training": trainer.train_dataset} | {
+        f"evaluation {name}".strip(): data for name, data in parts.items()
+    }
+    for what, dataset in named.items():
+        names = getattr(dataset, "column_names", None)
+        if names and "seq_lengths" in names:
+            raise DataError(
+                f"the {what} data are packed, and packed rows lose their preference: set packing=False"
+            )
+        if names and column not in names:
+            raise DataError(
+                f"the {what} data have no column {column!r}; they have {', '.join(names)}; add one with each row's "
+                "preference, or name another"
+            )
 
 
 def _keep_column(trainer: Trainer, column: str) -> None:
@@ -149,9 +158,23 @@ def _hand_over(trainer: Trainer, routing: AdapterRouting) -> None:
         try:
             return compute_loss(model, rest, *args, **kwargs)
         finally:
-            routing.waiting_target = None
+            routing.waiting_target = routing.waiting_mask = None
 
     trainer.compute_loss = compute_loss_with_preferences
+    if hasattr(trainer, "concatenated_inputs"):
+        _count_completions_only(trainer, routing)
+
+
+def _count_completions_only(trainer: Any, routing: AdapterRouting) -> None:
+    """ORPO and CPO give the model no labels, but make them right before: they tell prompts from completions."""
+    concatenate = trainer.concatenated_inputs
+
+    def concatenate_and_tell(*args: Any, **kwargs: Any) -> Any:
+        batch = concatenate(*args, **kwargs)
+        routing.waiting_mask = (batch["concatenated_labels"] != -100).float()
+        return batch
+
+    trainer.concatenated_inputs = concatenate_and_tell
 
 
 def _set_router_rate(trainer: Trainer, rate: float) -> None:
@@ -211,6 +234,18 @@ def _log(trainer: Trainer, routing: AdapterRouting) -> None:
         log({**logs, **{prefix + name: value for name, value in values.items()}}, *args, **kwargs)
 
     trainer.log = log_with_routing
+
+
+def _keep_card(trainer: Any) -> None:
+    """TRL writes its own model card over the adapter's, at every checkpoint and before it is pushed."""
+    create_model_card = trainer.create_model_card
+
+    def create_card_that_says_how_to_load(*args: Any, **kwargs: Any) -> None:
+        create_model_card(*args, **kwargs)
+        if trainer.is_world_process_zero():
+            say_how_to_load(Path(trainer.args.output_dir))
+
+    trainer.create_model_card = create_card_that_says_how_to_load
 
 
 def _loss_scale(trainer: Trainer) -> float:

@@ -136,7 +136,7 @@ class PMoLModel(BaseTuner):
         *,
         preferences: Tensor | None,
     ) -> Callable[[], None]:
-        mask = mask_of_batch(args, kwargs)
+        mask = mask_of_batch(args, {"routing_mask": routing.waiting_mask, **kwargs})
         if mask is None:
             return lambda: None
         wanted = routing.waiting_target if preferences is None else preferences
