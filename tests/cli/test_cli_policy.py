@@ -97,7 +97,12 @@ def test_train_writes_numbers_pictures_and_adapters(trained):
     metrics, report = read_metrics(run / "metrics.json"), read_report(run)
     assert list(metrics.methods) == ["base", "pmol", "lora", "lora_average", "emr", "sequential"]
     assert set(metrics.methods["pmol"].tasks) == {"harmless", "helpful"}
-    assert set(report.minimum) == set(metrics.methods)
+    assert set(report.minimum) == set(report.mean) == set(metrics.methods)
+    for method, found in metrics.methods.items():
+        mean, worst = report.mean[method], report.minimum[method]
+        assert mean.value == pytest.approx(found.macro)
+        assert worst.value == pytest.approx(min(task.accuracy for task in found.tasks.values()))
+        assert worst.low <= worst.value <= mean.value <= mean.high
     assert 0 <= report.group_accuracy["pmol"].accuracy <= 1
     assert [point.weight for point in report.steering["helpful"]] == [0.5, 1, 2]
     # Turned by 1, whichever group, it is the same model.

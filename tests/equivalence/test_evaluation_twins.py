@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from prefmoe.evaluation.accuracy import bootstrap_interval, pair_hits, paired_bootstrap, standard_error
+from prefmoe.evaluation.accuracy import (
+    bootstrap_interval,
+    macro_interval,
+    pair_hits,
+    paired_bootstrap,
+    standard_error,
+)
 from prefmoe.evaluation.best_of_n import best_of_n
 from prefmoe.evaluation.contrast import contrast_consistency
 from reference import accuracy as slow_accuracy
@@ -47,6 +53,18 @@ def test_the_paired_interval_over_prompts_equals_the_slow_one():
     draws = draws_like(rows, seed=9, num_resamples=80)
     fast = paired_bootstrap(hits_a, hits_b, seed=9, num_resamples=80, prompt_ids=prompts)
     assert (fast.low, fast.high) == pytest.approx(slow_accuracy.bootstrap(rows, draws, 0.95), abs=1e-12)
+
+
+@pytest.mark.parametrize(("worst", "slow"), [(False, slow_accuracy.mean), (True, min)])
+def test_the_interval_of_all_tasks_equals_the_slow_one(worst, slow):
+    rng = np.random.default_rng(7)
+    prompts = {"b": ["x", "y", "x", "z", "z", "z"], "a": ["u", "v", "u", "w"], "c": ["s", "t", "r"]}
+    hits = {task: rng.integers(3, size=len(ids)) / 2 for task, ids in prompts.items()}
+    rows = {task: list(zip(ids, hits[task].tolist(), strict=True)) for task, ids in prompts.items()}
+    draws = draws_like(rows, seed=2, num_resamples=70)
+    fast = macro_interval(hits, seed=2, worst=worst, num_resamples=70, prompt_ids=prompts)
+    assert (fast.low, fast.high) == pytest.approx(slow_accuracy.bootstrap(rows, draws, 0.95, slow), abs=1e-12)
+    assert fast.value == pytest.approx(slow([slow_accuracy.mean(row.tolist()) for row in hits.values()]))
 
 
 @pytest.mark.parametrize("prompts", [list("xyxzzzw"), list("abcdefg"), list("aaaaaaa")])

@@ -22,8 +22,8 @@ def percentile(values, share):
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
-def bootstrap(tasks, draws, level):
-    """Ends of the interval of the macro mean.
+def bootstrap(tasks, draws, level, summarize=mean):
+    """Ends of the interval of the macro mean, or of what else sums up the tasks.
 
     tasks: {task: [(prompt, value), ...]}; draws: {task: [[number of a prompt, ...] for each resample]}.
     """
@@ -36,7 +36,7 @@ def bootstrap(tasks, draws, level):
             drawn = [prompts[number] for number in draws[task][resample]]
             values = [value for wanted in drawn for prompt, value in rows if prompt == wanted]
             task_means.append(mean(values))
-        resampled.append(mean(task_means))
+        resampled.append(summarize(task_means))
     return percentile(resampled, (1 - level) / 2), percentile(resampled, (1 + level) / 2)
 
 

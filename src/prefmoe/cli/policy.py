@@ -252,12 +252,17 @@ def _weights(given: list[str] | None) -> dict[str, float]:
 
 
 def _print_report(report: "PolicyReport", console: Console) -> None:
-    for method, value in report.minimum.items():
+    for method, worst in report.minimum.items():
+        mean = report.mean[method]
         found = report.group_accuracy.get(method)
         routing = (
             f"; own group first in {found.accuracy:.3f} ({found.low:.2f}-{found.high:.2f})" if found else ""
         )
-        console.print(f"{method}: worst preference {value:.3f}{routing}", highlight=False)
+        console.print(
+            f"{method}: mean {mean.value:.3f} ({mean.low:.2f}-{mean.high:.2f}), "
+            f"worst preference {worst.value:.3f} ({worst.low:.2f}-{worst.high:.2f}){routing}",
+            highlight=False,
+        )
     _print_costs(report, console)
     for group, points in report.steering.items():
         table = Table("weight", title=f"Turning {group!r}: mean margin (accuracy)", title_justify="left")

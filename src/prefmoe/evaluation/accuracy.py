@@ -96,6 +96,42 @@ def bootstrap_interval(
     return _percentiles(float(row.mean()), means, level)
 
 
+def macro_interval(
+    hits: Mapping[str, ArrayLike],
+    *,
+    seed: int,
+    worst: bool = False,
+    num_resamples: int = 2000,
+    level: float = 0.95,
+    prompt_ids: Mapping[str, Sequence[str]] | None = None,
+) -> Interval:
+    """Mean over the tasks of each task's accuracy, or the accuracy of the worst one, with its bootstrap interval.
+
+    The worst of several estimates is on average below the worst of what they estimate, and so is its interval.
+
+    Args:
+        hits: For each task what `pair_hits` gave.
+        seed: Same seed, same interval.
+        worst: The smallest accuracy in place of the mean.
+        num_resamples: How often the prompts of each task are drawn anew.
+        level: Share of the resampled numbers inside the interval, in (0, 1).
+        prompt_ids: For each task the prompt of each pair. None means every pair has its own.
+
+    Raises:
+        ConfigError: `level` or `num_resamples` cannot work.
+        DataError: no task, or a task without pairs.
+        ShapeError: not one prompt id a pair.
+
+    Source:
+        As `bootstrap_interval`.
+    """
+    rows = _checked_tasks(hits)
+    each = _resampled_tasks(rows, prompt_ids=prompt_ids, seed=seed, num_resamples=num_resamples)
+    summarize = np.min if worst else np.mean
+    value = float(summarize([row.mean() for row in rows.values()]))
+    return _percentiles(value, np.asarray(summarize(each, axis=1)), level)
+
+
 def standard_error(values: ArrayLike, *, prompt_ids: Sequence[str] | None = None) -> float:
     """Standard error of the mean of the values, in their unit; infinite where there is only one prompt.
 
@@ -209,16 +245,28 @@ def _resampled_macro(
     num_resamples: int,
 ) -> Floats:
     """Macro mean of every resample, shape (num_resamples,)."""
+    each = _resampled_tasks(tasks, prompt_ids=prompt_ids, seed=seed, num_resamples=num_resamples)
+    return np.asarray(each.mean(axis=1))
+
+
+def _resampled_tasks(
+    tasks: Mapping[str, Floats],
+    *,
+    prompt_ids: Mapping[str, Sequence[str]] | None,
+    seed: int,
+    num_resamples: int,
+) -> Floats:
+    """Mean of every task in every resample, shape (num_resamples, tasks)."""
     if num_resamples < 1:
         raise ConfigError(f"num_resamples={num_resamples} gives no interval; choose 1 or more, usually 2000.")
     rng = np.random.default_rng(seed)
-    means = np.zeros(num_resamples)
-    for task in sorted(tasks):
+    means = np.zeros((num_resamples, len(tasks)))
+    for column, task in enumerate(sorted(tasks)):
         sums, sizes = _prompt_totals(tasks[task], None if prompt_ids is None else prompt_ids.get(task, ()))
         for resample in range(num_resamples):  # a loop, so that memory stays small for 10^6 pairs
             drawn = rng.integers(len(sums), size=len(sums))
-            means[resample] += sums[drawn].sum() / sizes[drawn].sum()
-    return means / len(tasks)
+            means[resample, column] = sums[drawn].sum() / sizes[drawn].sum()
+    return means
 
 
 def _prompt_totals(values: Floats, prompt_ids: Sequence[str] | None) -> tuple[Floats, Floats]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prefmoe.evaluation.accuracy import bootstrap_interval, pairwise_accuracy
+from prefmoe.evaluation.accuracy import bootstrap_interval, macro_interval, pair_hits, pairwise_accuracy
 from prefmoe.evaluation.files import write_text
 from prefmoe.evaluation.metrics import Metrics, TaskMetrics, build_metrics, write_metrics
 from prefmoe.policy.bench import PolicyBench
@@ -33,10 +33,19 @@ class SteeringPoint(BaseModel):
     margin: dict[str, float]
 
 
+class Estimate(BaseModel):
+    """An accuracy with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 class PolicyReport(BaseModel):
     """`policy.json`: what `metrics.json` has no place for.
 
     Attributes:
+        mean: Accuracy of every method, mean of the preferences.
         minimum: Accuracy of every method on its worst preference.
         group_accuracy: For methods with a router, the share of test texts whose own group comes first, with its
             95 % interval.
@@ -44,7 +53,8 @@ class PolicyReport(BaseModel):
         steering: For each group that was turned, a point a weight, of the method "pmol".
     """
 
-    minimum: dict[str, float]
+    mean: dict[str, Estimate]
+    minimum: dict[str, Estimate]
     group_accuracy: dict[str, TaskMetrics] = {}
     costs: dict[str, TrainingCosts] = {}
     steering: dict[str, list[SteeringPoint]] = {}
@@ -80,8 +90,21 @@ def evaluate_policies(bench: PolicyBench, folders: Mapping[str, Path]) -> tuple[
     metrics = build_metrics(
         margins, seconds=bench.run.seconds(), prompt_ids=prompts, subject=subject, seed=bench.settings.seed
     )
-    minimum = {m: min(task.accuracy for task in found.tasks.values()) for m, found in metrics.methods.items()}
-    report = PolicyReport(minimum=minimum, group_accuracy=accuracy, costs=read_costs(bench.run.folder))
+    hits = {
+        method: {p: pair_hits(row) for p, row in of_method.items()} for method, of_method in margins.items()
+    }
+    mean, minimum = (
+        {
+            method: Estimate(
+                **macro_interval(rows, worst=worst, seed=bench.settings.seed, prompt_ids=prompts)._asdict()
+            )
+            for method, rows in hits.items()
+        }
+        for worst in (False, True)
+    )
+    report = PolicyReport(
+        mean=mean, minimum=minimum, group_accuracy=accuracy, costs=read_costs(bench.run.folder)
+    )
     _write(bench, metrics, report)  # before the steering, which takes long
     if "pmol" in folders:
         report = report.model_copy(update={"steering": _steering(bench, folders["pmol"])})
