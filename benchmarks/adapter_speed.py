@@ -1,6 +1,6 @@
 """PMoL beside PEFT's LoRA and a loop over experts: a training step, memory kept for backward, generation.
 
-    python benchmarks/adapter_speed.py --model smollm2-135m --out benchmarks/results/adapter_speed_cpu.json
+    python benchmarks/adapter_speed.py --model smollm2-135m --out benchmarks/results/adapter_speed.json
 
 One process, one machine, methods in turn: PMoL with 12 experts of rank 8, one LoRA of rank 96 on the same layers (as
 many trainable weights), and the same mixture as a loop over experts. The loop is that of LoRAMoE (peft/tuners/lora.py)

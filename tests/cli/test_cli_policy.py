@@ -398,6 +398,19 @@ def test_a_run_without_pmol_names_its_adapters(trained, tmp_path):
     assert f"holds no adapter; give one of {tmp_path}/run/lora" in result.stderr
 
 
+def test_every_other_variant_trains(language_model_folder, tmp_path):
+    methods = ["pmol_no_group_loss", "pmol_no_empty", "pmol_lbc", "top1", "top2"]
+    config = write_config(tmp_path, language_model_folder, methods=methods)
+    result = run_cli("policy", "train", config, "--set", "steering.pairs_per_preference=0")
+    assert result.exit_code == 0, result.stderr
+    report = read_report(tmp_path / "run")
+    assert set(report.costs) == set(report.group_accuracy) == set(methods)
+    assert all(0 <= found.accuracy <= 1 for found in report.group_accuracy.values())
+    states = [load_file(tmp_path / "run" / "steps" / f"{name}.safetensors") for name in methods]
+    moved = [max(t.abs().max().item() for key, t in state.items() if key.endswith("B")) for state in states]
+    assert min(moved) > 0  # B starts at 0
+
+
 def test_one_preference_has_no_group_loss_and_says_so(language_model_folder, tmp_path):
     config = write_config(tmp_path, language_model_folder, methods=["pmol"])
     result = run_cli("policy", "train", config, "--set", "data.preferences=[helpful]")
