@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefmoe.nn import mean_tokens, pack_left
+from prefmoe.nn.pooling import pad_left
 from reference import pooling as slow
 
 laws = settings(deadline=None)
@@ -101,3 +102,11 @@ def test_what_lies_outside_the_span_is_never_read(arguments):
     assert torch.equal(pooled, mean_tokens(states, starts, ends))
     pooled.sum().backward()
     assert (broken.grad[~inside.expand_as(states)] == 0).all()
+
+
+@given(st.lists(st.lists(st.integers(0, 99), max_size=6), min_size=1, max_size=5))
+def test_padding_on_the_left_is_its_slow_twin_and_loses_nothing(rows):
+    ids, mask = pad_left([torch.tensor(row, dtype=torch.long) for row in rows])
+    assert (ids.tolist(), mask.tolist()) == slow.pad_left(rows)
+    for row, padded, kept in zip(rows, ids, mask, strict=True):
+        assert padded[kept.bool()].tolist() == row

@@ -16,3 +16,12 @@ def mean_tokens(rows, starts, ends):
         span = row[start:end] if start < end else [row[end - 1]]
         means.append([sum(column) / len(span) for column in zip(*span, strict=True)])
     return means
+
+
+def pad_left(rows):
+    """Zeros in front of rows of ids, as many as the longest row has more; and a mask of what is no padding."""
+    longest = max(len(row) for row in rows)
+    missing = [longest - len(row) for row in rows]
+    ids = [[0] * number + row for number, row in zip(missing, rows, strict=True)]
+    mask = [[0] * number + [1] * len(row) for number, row in zip(missing, rows, strict=True)]
+    return ids, mask

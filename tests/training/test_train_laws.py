@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from prefmoe.errors import ConfigError
+from prefmoe.reward import jobs as jobs_module
 from prefmoe.reward.assemble import rows_by_task
 from prefmoe.reward.batches import training_order
 from prefmoe.reward.checkpoints import ExpertCheckpoint
@@ -330,6 +332,23 @@ def test_a_body_of_either_dtype_learns_in_float32(tmp_path: Path, dtype: str) ->
     chosen, rejected = score_pairs(model, bench.trunk, bench.test)
     assert chosen.rewards.dtype == torch.float32
     assert (chosen.rewards > rejected.rewards).float().mean() > 0.95
+
+
+def test_what_report_to_names_hears_of_every_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(
+            self, args: object, state: object, control: object, logs: dict[str, float], **_: object
+        ) -> None:
+            heard.extend(logs)
+
+    for module in (jobs_module, integration_utils):
+        monkeypatch.setattr(module, "get_available_reporting_integrations", lambda: ["loudspeaker"])
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "loudspeaker", Reporter)
+    settings = tiny_settings(tmp_path / "run", methods=["per_task"], phase1={"report_to": "loudspeaker"})
+    train_models(tiny_bench(settings))
+    assert {"loss", "eval_accuracy", "learning_rate"} <= set(heard)
 
 
 def test_nothing_is_printed(bench: Workbench, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ KILLS = {
     "phase2": AtProgress("phase2", 7),
     "phase2, while its result is written": AtCall("phases", "save_states"),
     "phase3": AtProgress("held-out pairs, half1", 1),
+    "aggregators": AtProgress("aggregators", 1),
     "saving": AtCall("train", "save_model", 3),
     "measuring": AtProgress("test pairs, dmoerm", 1),
 }
