@@ -487,7 +487,7 @@ def test_a_suggestion_overwrites_nothing_and_can_be_planned(desk):
         desk.out.write_text("edited by hand")
         again = desk.label("--suggest", "--base-url", server.url, tasks=False)
         assert again.exit_code == 2
-        assert "is there already" in again.stderr
+        assert flat("is there already") in flat(again.stderr)
         assert desk.out.read_text() == "edited by hand"
     assert len(server.requests) == 3
 
