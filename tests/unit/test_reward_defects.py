@@ -1,4 +1,4 @@
-"""Defects of the authors' release (SPECS.md 2.4) that concern the model: each cannot come back unseen.
+"""Defects of the authors' release (SPECS.md 2.4) that concern the model and its batches: none comes back unseen.
 
 The others are tested where they belong: splits and labels with the data, selection and resuming with the training.
 """
