@@ -324,6 +324,23 @@ def test_one_pair_that_an_endpoint_cannot_take_stops_nobody(
     assert [row.get("capabilities", {}) for row in desk.rows()] == expected
 
 
+def test_rejections_that_overtake_answers_stop_nobody(desk):
+    """Four pairs of six are rejected at once, while answers about the others take half a second."""
+
+    def reply(request):
+        if any(about(f"p{i}")(request) for i in range(1, 5)):
+            return problem(400, "bad request")
+        response = completion(by_hash(request["messages"][-1]["content"]))
+        response.delay = 0.5
+        return response
+
+    with JudgeServer(reply) as server:
+        done = desk.label("--base-url", server.url, "--concurrency", "16", "--max-calls", "24")
+    assert done.exit_code == 0, done.output
+    assert "Unusable answers: 16 rejected" in done.stderr
+    assert "the budget is used up" not in done.stderr
+
+
 @pytest.mark.parametrize(("pairs", "calls"), [(1, 1), (6, 3)])
 def test_an_endpoint_that_rejects_everything_is_asked_about_three_pairs(desk, pairs, calls):
     with JudgeServer(lambda _: problem(400, "bad request")) as server:
@@ -482,14 +499,16 @@ def test_a_suggestion_overwrites_nothing_and_can_be_planned(desk):
         assert done.exit_code == 0, done.output
         assert done.stdout.startswith("calls: 1, up to three times as many")
         assert not desk.out.exists()
-        few = desk.label("--suggest", "--base-url", server.url, "--max-calls", "1", tasks=False)
-        assert few.exit_code == 1  # one task, one call; the server proposes nothing
+        prices = ("--input-price", "1", "--output-price", "1")
+        for budget in (("--max-calls", "2"), ("--max-usd", "0.001", *prices)):
+            few = desk.label("--suggest", "--base-url", server.url, *budget, tasks=False)
+            assert (few.exit_code, "--suggest may take" in few.stderr) == (4, True)
         desk.out.write_text("edited by hand")
         again = desk.label("--suggest", "--base-url", server.url, tasks=False)
         assert again.exit_code == 2
         assert flat("is there already") in flat(again.stderr)
         assert desk.out.read_text() == "edited by hand"
-    assert len(server.requests) == 3
+    assert server.requests == []
 
 
 def test_a_judge_that_suggests_nothing_usable_is_named(desk):

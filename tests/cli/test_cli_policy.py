@@ -123,18 +123,6 @@ def test_the_same_command_again_reads_what_is_there(trained):
     assert {file: file.stat().st_mtime_ns for file in (folder / "run" / "steps").iterdir()} == before
 
 
-def test_the_rate_of_the_routers_reaches_them(trained, language_model_folder, tmp_path):
-    training = {"batch_pairs": 8, "learning_rate": 0.01, "router_learning_rate": 1e-30}
-    config = write_config(tmp_path, language_model_folder, training=training, methods=["pmol"])
-    assert run_cli("policy", "train", config).exit_code == 0
-    kept, moved = (
-        load_file(folder / "run" / "steps" / "pmol.safetensors") for folder in (tmp_path, trained[0])
-    )
-    routers = {name for name in kept if "pmol_router" in name}
-    assert routers
-    assert all(not torch.equal(kept[name], moved[name]) for name in routers)
-
-
 def test_a_comparison_may_be_widened(trained, tmp_path):
     folder, config, _ = trained
     run = tmp_path / "run"

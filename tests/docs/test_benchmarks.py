@@ -2,6 +2,7 @@
 
 import json
 
+import capability_gain
 import cost_growth
 import dpo_step
 import pytest
@@ -62,6 +63,33 @@ def test_training_speed_also_from_a_finished_folder(tmp_path):
     assert min(parts) >= 0
     again = training_speed.main(options)
     assert again["ours_seconds_by_step"]["training"] == first["ours_seconds_by_step"]["training"]
+
+
+@pytest.mark.slow
+def test_capability_gain(tmp_path):
+    options = ["--smoke", "--folder", str(tmp_path / "run"), "--pairs-per-task", "4", "--draws", "2"]
+    found = capability_gain.main(options)
+    assert set(found["variants"]) == set(capability_gain.VARIANTS)
+    assert found["variants"]["head"]["minus_head"]["value"] == 0
+    for variant in found["variants"].values():
+        assert 0 <= variant["accuracy"] <= 1
+        assert variant["accuracy"] == pytest.approx(sum(variant["by_draw"]) / 2, abs=1e-3)
+
+
+def test_labels_that_decide_are_found_by_the_aggregator():
+    """States that say nothing, and a capability whose label says which side people chose."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pairs(first, number):
+        rows = [capability_gain.PairRow(0, 1, first + i, label=float(i % 2)) for i in range(number)]
+        sides = torch.tensor([1.0 if row.label else -1.0 for row in rows])
+        return capability_gain.Pairs(torch.randn(number, 2, 8, generator=generator), rows, {"all": sides})
+
+    hits, _ = capability_gain.judge(pairs(0, 60), pairs(100, 40), size=40, seed=0)
+    chosen = torch.tensor([float(i % 2) for i in range(40)])
+    # A hit is a margin for the side written first, which half of these labels call the worse one.
+    assert hits["labels"].tolist() == chosen.tolist()
+    assert hits["head"].tolist() != chosen.tolist()
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file")

@@ -217,6 +217,19 @@ def test_only_tokens_of_completions_count(name, tmp_path):
     assert set(counted) <= {len("no0") + 1, len("yes0") + 1}
 
 
+@pytest.mark.parametrize("name", ["orpo", "cpo"])
+def test_what_an_evaluation_told_of_its_batch_is_not_told_of_the_next(name, tmp_path):
+    rows = [{**row, "preference": row["preference"] or "a"} for row in PAIRS]
+    trainer = trainer_of(name, tmp_path, rows=rows, eval_strategy="steps")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    seen = []
+    model.base_model.routings["default"].listeners.append(lambda _, batch: seen.append(batch.mask))
+    trainer.evaluate()
+    assert seen
+    model(input_ids=torch.tensor([[3, 4, 5]]))
+    assert seen[-1].tolist() == [[1, 1, 1]]
+
+
 def test_the_card_still_says_how_to_load_when_trl_has_written_its_own(tmp_path):
     trainer = trainer_of("dpo", tmp_path)
     trainer.save_model()
@@ -279,31 +292,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one_exactly(config, tmp_path):
     expected = trained(whole)
     for name, parameter in trained(resumed).items():
         assert torch.equal(parameter, expected[name]), name
-
-
-@pytest.mark.parametrize(
-    "config", [{}, {"router": "recurrent", "router_size": 8}], ids=["linear", "recurrent"]
-)
-def test_routers_may_learn_at_a_rate_of_their_own(config, tmp_path):
-    """Adam's first steps are as long as the rate: routers stay where they are, and experts move as without it."""
-    steps = {}
-    for rate in (None, 1e-30):
-        trainer = trainer_of("dpo", tmp_path / str(rate), connect=False, config=config, max_steps=2)
-        connect_preferences(trainer, router_learning_rate=rate)
-        before = trained(trainer)
-        trainer.train()
-        steps[rate] = {name: (p - before[name]).abs().max() for name, p in trained(trainer).items()}
-        assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-2, rate or 1e-2}
-        known = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
-        assert known == {id(p) for p in trainer.model.parameters() if p.requires_grad}
-    routers = {name for name in steps[None] if ".pmol_router." in name or ".pmol_cell." in name}
-    assert {bool(steps[None][name] > 1e-3) for name in routers if "cell" not in name} == {True}
-    assert {bool(steps[1e-30][name] < 1e-20) for name in routers} == {True}
-    moved = [
-        steps[1e-30][name] > 1e-3 for name in steps[None] if ".pmol_bank." in name and name.endswith("B")
-    ]
-    assert moved
-    assert all(moved)
 
 
 def planted(out, group_loss):

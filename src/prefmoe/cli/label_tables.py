@@ -22,7 +22,8 @@ def print_quality(judge: str, points: Sequence[PointQuality], console: Console) 
     """What each point's answers are worth, why some could not be used, and a warning for each weak point."""
     table = Table("task", "point", title=f"Answers of {judge} in both orders", title_justify="left")
     has_soft = any(point.soft_chosen is not None for point in points)
-    for column in ("pairs", "agree", "first", "ties", "kept", "labels", *["soft: chosen"][:has_soft]):
+    columns = ["pairs", "agree", "first", "ties", "kept", "labels"]
+    for column in [*columns, "soft: chosen"] if has_soft else columns:
         table.add_column(column, justify="right")
     for point in points:
         sides = " : ".join(str(point.labels.get(side, 0)) for side in (1, 0, -1))
@@ -32,9 +33,9 @@ def print_quality(judge: str, points: Sequence[PointQuality], console: Console) 
             _number(point.ties),
             f"{point.kept:.2f}",
             sides,
-            *[_interval(point.soft_chosen)][:has_soft],
         )
-        table.add_row(Text(point.task), Text(point.point), str(point.pairs), *cells)
+        soft = (_interval(point.soft_chosen),) if has_soft else ()
+        table.add_row(Text(point.task), Text(point.point), str(point.pairs), *cells, *soft)
     console.print(table)
     reasons: Counter[str] = Counter()
     for point in points:

@@ -92,8 +92,8 @@ def bootstrap_interval(
     """
     row = checked_row(values, "values")
     ids = None if prompt_ids is None else {"": prompt_ids}
-    means = _resampled_macro({"": row}, prompt_ids=ids, seed=seed, num_resamples=num_resamples)
-    return _percentiles(float(row.mean()), means, level)
+    each = _resampled_tasks({"": row}, prompt_ids=ids, seed=seed, num_resamples=num_resamples)
+    return _percentiles(float(row.mean()), each[:, 0], level)
 
 
 def macro_interval(
@@ -201,8 +201,9 @@ def paired_bootstrap(
         )
     # With the same draws, the difference of two means is the mean of the differences.
     differences = {task: row - rows_b[task] for task, row in rows_a.items()}
-    means = _resampled_macro(differences, prompt_ids=prompt_ids, seed=seed, num_resamples=num_resamples)
-    return _percentiles(macro_accuracy(differences), means, level)
+    return macro_interval(
+        differences, prompt_ids=prompt_ids, seed=seed, num_resamples=num_resamples, level=level
+    )
 
 
 def checked_row(values: ArrayLike, what: str) -> Floats:
@@ -235,18 +236,6 @@ def _checked_tasks(hits: Mapping[str, ArrayLike]) -> dict[str, Floats]:
 def _check_same_length(rows: Sequence[object] | Floats, expected: int, what: str) -> None:
     if len(rows) != expected:
         raise ShapeError(f"{what}: got {len(rows)} rows; expected {expected}, one a pair.")
-
-
-def _resampled_macro(
-    tasks: Mapping[str, Floats],
-    *,
-    prompt_ids: Mapping[str, Sequence[str]] | None,
-    seed: int,
-    num_resamples: int,
-) -> Floats:
-    """Macro mean of every resample, shape (num_resamples,)."""
-    each = _resampled_tasks(tasks, prompt_ids=prompt_ids, seed=seed, num_resamples=num_resamples)
-    return np.asarray(each.mean(axis=1))
 
 
 def _resampled_tasks(

@@ -79,9 +79,6 @@ class TrainingSettings(Section):
     lora_learning_rate: float | None = Field(
         None, gt=0, description="of the plain LoRAs, whose scale is another; null takes learning_rate"
     )
-    router_learning_rate: float | None = Field(
-        None, gt=0, description="of PMoL's routers, falling alike; null takes learning_rate"
-    )
     lora_alpha: float | None = Field(None, gt=0, description="of the plain LoRAs; null takes their rank")
     beta: float = Field(0.1, gt=0, description="of DPO")
     router_start: RouterStart = Field(

@@ -165,7 +165,7 @@ def _train(
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     trainer.precompute_ref_logps = True  # they are columns of the data: computed once for all methods
     if is_pmol(name):
-        connect_preferences(trainer, router_learning_rate=settings.router_learning_rate)
+        connect_preferences(trainer)
         _start_routers(bench, trainer.accelerator.unwrap_model(trainer.model))
     share_prompts(trainer)
     if start is not None:

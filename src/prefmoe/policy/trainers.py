@@ -22,12 +22,9 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 Collator = Callable[[list[dict[str, Any]]], Any]
 
 _KEY = "preferences"
-_OF_ROUTERS = (".pmol_router.", ".pmol_cell.")  # in the names of their parameters
 
 
-def connect_preferences(
-    trainer: AnyTrainer, column: str = "preference", *, router_learning_rate: float | None = None
-) -> AnyTrainer:
+def connect_preferences(trainer: AnyTrainer, column: str = "preference") -> AnyTrainer:
     """Lets a column of the data reach the routers of the PMoL adapter that a trainer trains.
 
     Call it after the trainer is made and before `train()`. It wraps the collator (which adds the preferences to the
@@ -37,7 +34,6 @@ def connect_preferences(
     Args:
         trainer: Any of TRL's, whose model carries a PMoL adapter.
         column: Of the data, with each row's preference.
-        router_learning_rate: Of the routers, which is scheduled as the trainer's own; None takes that one.
 
     Returns:
         The trainer.
@@ -57,8 +53,6 @@ def connect_preferences(
     _hand_over(trainer, routing)
     _log(trainer, routing)
     _keep_card(trainer)
-    if router_learning_rate is not None:
-        _set_router_rate(trainer, router_learning_rate)
     if hasattr(trainer, "_generate_and_score_completions"):
         _keep_through_generation(trainer, routing, column)
     routing.loss_scale = partial(_loss_scale, trainer)
@@ -71,19 +65,12 @@ class PMoLDPOTrainer(DPOTrainer):
     Args:
         *args: As DPOTrainer takes them.
         preference_column: Of the data, with each row's preference.
-        router_learning_rate: As in `connect_preferences`.
         **kwargs: As DPOTrainer takes them; `peft_config` is a `PMoLConfig`.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        preference_column: str = "preference",
-        router_learning_rate: float | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, preference_column: str = "preference", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        connect_preferences(self, preference_column, router_learning_rate=router_learning_rate)
+        connect_preferences(self, preference_column)
         share_prompts(self)
 
 
@@ -158,7 +145,7 @@ def _hand_over(trainer: Trainer, routing: AdapterRouting) -> None:
         try:
             return compute_loss(model, rest, *args, **kwargs)
         finally:
-            routing.waiting_target = routing.waiting_mask = None
+            routing.waiting_target = None
 
     trainer.compute_loss = compute_loss_with_preferences
     if hasattr(trainer, "concatenated_inputs"):
@@ -175,26 +162,6 @@ def _count_completions_only(trainer: Any, routing: AdapterRouting) -> None:
         return batch
 
     trainer.concatenated_inputs = concatenate_and_tell
-
-
-def _set_router_rate(trainer: Trainer, rate: float) -> None:
-    """Splits the routers off the groups of parameters that the trainer makes for its optimizer."""
-    create_optimizer = trainer.create_optimizer
-
-    def create_optimizer_with_router_rate(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        optimizer = create_optimizer(*args, **kwargs)
-        model = args[0] if args else kwargs.get("model") or trainer.model
-        routers = {id(p) for name, p in model.named_parameters() if any(part in name for part in _OF_ROUTERS)}
-        for group in list(optimizer.param_groups):
-            own = [p for p in group["params"] if id(p) in routers]
-            if own and len(own) < len(group["params"]):
-                group["params"] = [p for p in group["params"] if id(p) not in routers]
-                optimizer.add_param_group({**group, "params": own, "lr": rate})
-            elif own:
-                group["lr"] = rate
-        return optimizer
-
-    trainer.create_optimizer = create_optimizer_with_router_rate
 
 
 def _keep_through_generation(trainer: Any, routing: AdapterRouting, column: str) -> None:

@@ -136,7 +136,8 @@ class PMoLModel(BaseTuner):
         *,
         preferences: Tensor | None,
     ) -> Callable[[], None]:
-        mask = mask_of_batch(args, {"routing_mask": routing.waiting_mask, **kwargs})
+        waiting, routing.waiting_mask = routing.waiting_mask, None  # it was for this batch
+        mask = mask_of_batch(args, {"routing_mask": waiting, **kwargs})
         if mask is None:
             return lambda: None
         wanted = routing.waiting_target if preferences is None else preferences

@@ -82,6 +82,7 @@ class Asking:
         self._stop = asyncio.Event()
         self._problem: PrefmoeError | None = None
         self._interrupted = False
+        self._num_workers = manners.concurrency + manners.ahead
         self._num_answered = 0
         self._set_aside: list[tuple[Question, Reason, PrefmoeError]] = []
         self._worst_ratio = 1.0
@@ -98,8 +99,7 @@ class Asking:
         with self._interruptible():
             async with self._commits.running():
                 await self._first_answer()
-                workers = self._manners.concurrency + self._manners.ahead
-                await asyncio.gather(*(self._work() for _ in range(workers)))
+                await asyncio.gather(*(self._work() for _ in range(self._num_workers)))
                 if self._num_answered and self._problem is None:
                     await self._store_set_aside()
         if self._set_aside:
@@ -161,10 +161,14 @@ class Asking:
     def _put_aside(self, question: Question, reason: Reason, problem: PrefmoeError) -> None:
         """Keeps a question that the endpoint rejects or fails on until another answer shows that it is the question.
 
-        One pair in 100,000 that it takes issue with is to stop nobody; several in a row are the endpoint.
+        One pair in 100,000 that it takes issue with is to stop nobody; several in a row are the endpoint. A rejection
+        comes at once, many of them perhaps before the first of the calls beside them is answered.
         """
         self._set_aside.append((question, reason, problem))
-        if len({aside.pair for aside, _, _ in self._set_aside}) == _MOST_SET_ASIDE:
+        most = _MOST_SET_ASIDE
+        if reason == "rejected" and self._num_answered:
+            most = max(most, self._num_workers)
+        if len({aside.pair for aside, why, _ in self._set_aside if why == reason}) >= most:
             raise self._set_aside[0][2]
 
     async def _store_set_aside(self) -> None:
@@ -173,6 +177,7 @@ class Asking:
         for question, reason, problem in aside:
             call = Call(question, unusable(question.points, reason, str(problem)), 0, 0, 0.0)
             await self._commits.commit(call)
+            self._budget.calls += 1  # as the store counts it from now on
             self._watch(call)
 
     def _learn_from(self, call: Call) -> None:

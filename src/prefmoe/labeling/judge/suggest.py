@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from prefmoe.errors import ConfigError, PrefmoeError
+from prefmoe.labeling.judge.budget import Prices
 from prefmoe.labeling.judge.endpoint import Endpoint, Fault, open_endpoint
 from prefmoe.labeling.judge.event_loop import run_alone
 from prefmoe.labeling.judge.pace import Backoff
@@ -44,18 +45,21 @@ def suggest_tasks(pairs: Sequence[PreferencePair], settings: JudgeSettings, *, s
         seed: Same seed, same sample.
 
     Raises:
-        ConfigError: the judge is local, or cannot be asked.
+        ConfigError: the judge is local, or cannot be asked, or the budget may not be enough.
         PrefmoeError: it proposes nothing that could be used.
     """
     if settings.is_local:
         raise ConfigError(
             f"judge {settings.judge!r} compares probabilities and writes nothing; --suggest needs an endpoint"
         )
-    if settings.max_calls is not None and len(_by_task(pairs)) > settings.max_calls:
-        raise ConfigError(
-            f"--suggest takes a call for each of the {len(_by_task(pairs))} tasks, {_TRIES} where a proposal cannot be "
-            f"used; max_calls={settings.max_calls} does not allow that"
-        )
+    calls, to_read, to_write = (_TRIES * number for number in plan_suggestion(pairs))
+    usd = Prices(settings.input_price or 0.0, settings.output_price or 0.0).cost(to_read, to_write)
+    for name, most, limit in (("max_calls", calls, settings.max_calls), ("max_usd", usd, settings.max_usd)):
+        if limit is not None and most > limit:
+            raise ConfigError(
+                f"--suggest may take {most:g} where proposals cannot be used ({_TRIES} tries a task), and {name} is "
+                f"{limit:g}; raise it, or give pairs of fewer tasks"
+            )
     content = run_alone(_suggest_all(pairs, settings, seed))
     TaskFile.model_validate(content)
     head = f"# Proposed by {settings.judge} from up to {SAMPLE} pairs a task: edit it, add what is missing.\n"
