@@ -23,7 +23,7 @@ def print_quality(judge: str, points: Sequence[PointQuality], console: Console) 
     table = Table("task", "point", title=f"Answers of {judge} in both orders", title_justify="left")
     has_soft = any(point.soft_chosen is not None for point in points)
     columns = ["pairs", "agree", "first", "ties", "kept", "labels"]
-    for column in [*columns, "soft: chosen"] if has_soft else columns:
+    for column in [*columns, "soft"] if has_soft else columns:
         table.add_column(column, justify="right")
     for point in points:
         sides = " : ".join(str(point.labels.get(side, 0)) for side in (1, 0, -1))
@@ -34,7 +34,7 @@ def print_quality(judge: str, points: Sequence[PointQuality], console: Console) 
             f"{point.kept:.2f}",
             sides,
         )
-        soft = (_interval(point.soft_chosen),) if has_soft else ()
+        soft = (_share(point.soft_chosen),) if has_soft else ()
         table.add_row(Text(point.task), Text(point.point), str(point.pairs), *cells, *soft)
     console.print(table)
     reasons: Counter[str] = Counter()

@@ -29,8 +29,8 @@ def hash_of_files(files: Iterable[Path]) -> str:
 def weights_hash(model: nn.Module) -> str:
     """16 hex digits that identify the weights: names, shapes, and every value, rounded to bfloat16.
 
-    So it is the same for the same weights stored in bfloat16 or loaded to any device. Takes one or two seconds a billion
-    weights.
+    So it is the same for the same weights stored in bfloat16 or loaded to any device. A billion weights take one or two
+    seconds.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
