@@ -2,6 +2,7 @@
 
 import json
 
+import aggregator_rules
 import capability_gain
 import cost_growth
 import dpo_step
@@ -14,7 +15,10 @@ import training_speed
 import yaml
 
 from data_helpers import CHATML, byte_tokenizer, write_rows
+from prefmoe.reward.evaluate import margins_by_task, score_pairs
+from prefmoe.reward.train import train_models
 from tiny import tiny_backbone, tiny_language_model
+from tiny_run import tiny_bench, tiny_settings
 
 SMALL = ["--smoke", "--num-layers", "2", "--split-layer", "1"]
 
@@ -74,6 +78,33 @@ def test_capability_gain(tmp_path):
     for variant in found["variants"].values():
         assert 0 <= variant["accuracy"] <= 1
         assert variant["accuracy"] == pytest.approx(sum(variant["by_draw"]) / 2, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_aggregator_rules_judge_the_aggregators_of_the_run_itself(tmp_path):
+    """On test pairs of known tasks, what today's rule keeps is right as often as the run's own model is."""
+    kinds = {"kinds": ["linear_scores", "mlp"]}
+    bench = tiny_bench(tiny_settings(tmp_path, phase3=kinds, methods=["per_task", "dmoerm"]))
+    models = train_models(bench)
+    candidates, judged = aggregator_rules.judge(bench, split="test")
+    rule = aggregator_rules.gaining(bench.settings.phase3.standard_errors)
+    kept = [rule(found) for found in candidates.values()]
+    assert kept == models["dmoerm"].config.aggregators
+    for method, kinds in {"dmoerm": kept, "per_task": ["task_head"] * len(kept)}.items():
+        scores = score_pairs(models[method], bench.trunk, bench.test)
+        for kind, (task, margins) in zip(kinds, margins_by_task(bench.test, *scores).items(), strict=True):
+            found = judged[task].margins(candidates[task].modules[kind])
+            assert ((found > 0) == (torch.tensor(margins) > 0)).all()
+    for rule in aggregator_rules.RULES.values():
+        assert all(rule(found) in found.modules for found in candidates.values())
+
+
+def test_a_rule_may_leave_kinds_out():
+    hits = {"task_head": torch.zeros(50), "mlp": torch.ones(50), "linear_scores": torch.ones(50) * 0.9}
+    modules = {kind: torch.nn.Identity() for kind in hits}
+    found = aggregator_rules.Candidates(modules, hits, list(range(50)), dict.fromkeys(hits, 0.5))
+    assert aggregator_rules.gaining(2)(found) == "mlp"
+    assert aggregator_rules.gaining(2, without=["mlp"])(found) == "linear_scores"
 
 
 def test_labels_that_decide_are_found_by_the_aggregator():

@@ -1,5 +1,6 @@
 """Convex fits and aggregators on features made by hand."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -209,6 +210,21 @@ def changed(*, won: int, lost: int) -> torch.Tensor:
     return hits
 
 
+def kept_of(
+    hits: dict[str, torch.Tensor],
+    *,
+    validation: dict[str, float] = ALIKE,
+    prompts: Sequence[int] | None = None,
+    standard_errors: float = 1.0,
+) -> str:
+    """What a task keeps by these hits."""
+    modules = {kind: torch.nn.Identity() for kind in hits}
+    prompts = range(len(hits["task_head"])) if prompts is None else prompts
+    return best_aggregator(
+        Candidates(modules, hits, list(prompts), validation), standard_errors=standard_errors
+    )
+
+
 @pytest.mark.parametrize(
     ("hits", "kept"),
     [
@@ -221,35 +237,53 @@ def changed(*, won: int, lost: int) -> torch.Tensor:
     ids=["luck", "better", "best of two", "equal", "one pair"],
 )  # fmt: skip
 def test_the_task_head_is_kept_unless_another_beats_it_by_more_than_a_standard_error(hits, kept) -> None:
-    assert best_aggregator(hits, range(len(hits["task_head"])), dict.fromkeys(hits, 0.5)) == kept
+    assert kept_of(hits) == kept
+
+
+def test_more_standard_errors_ask_for_a_larger_gain() -> None:
+    """Twenty won and ten lost of a hundred: a gain of 0.10 with a standard error of 0.054."""
+    hits = {"task_head": HEAD, "linear_scores": changed(won=20, lost=10)}
+    assert [kept_of(hits, standard_errors=number) for number in (0, 1.8, 1.9)] == [
+        "linear_scores",
+        "linear_scores",
+        "task_head",
+    ]
 
 
 def test_what_the_finished_experts_speak_against_is_not_taken() -> None:
     """The best of two gains most, but not where it will be used."""
     hits = {"task_head": HEAD, "mlp": changed(won=30, lost=0), "linear_scores": changed(won=20, lost=0)}
-    assert best_aggregator(hits, range(100), {**ALIKE, "mlp": 0.49}) == "linear_scores"
-    assert best_aggregator(hits, range(100), {**ALIKE, "task_head": 0.51}) == "task_head"
-    assert best_aggregator(hits, range(100), {**ALIKE, "mlp": 0.9}) == "mlp"
+    assert kept_of(hits, validation={**ALIKE, "mlp": 0.49}) == "linear_scores"
+    assert kept_of(hits, validation={**ALIKE, "task_head": 0.51}) == "task_head"
+    assert kept_of(hits, validation={**ALIKE, "mlp": 0.9}) == "mlp"
 
 
 def test_pairs_of_one_prompt_are_one_draw() -> None:
     """Twenty pairs won and ten lost are a gain; one prompt won and one lost are none."""
     hits = {"task_head": HEAD, "linear_scores": changed(won=20, lost=10)}
-    assert best_aggregator(hits, range(100), ALIKE) == "linear_scores"
+    assert kept_of(hits) == "linear_scores"
     won_or_lost = (hits["linear_scores"] - HEAD).tolist()
     together = [100 + int(change) if change else i for i, change in enumerate(won_or_lost)]
-    assert best_aggregator(hits, together, ALIKE) == "task_head"
+    assert kept_of(hits, prompts=together) == "task_head"
 
 
 @pytest.mark.parametrize(
-    ("gain", "least", "most"),
-    [(-0.03, 0.0, 0.02), (0.0, 0.1, 0.22), (0.05, 0.95, 1.0)],
-    ids=["noise that harms", "noise", "a real gain"],
+    ("standard_errors", "gain", "least", "most"),
+    [
+        (1, -0.03, 0.0, 0.02),
+        (1, 0.0, 0.1, 0.22),
+        (1, 0.05, 0.95, 1.0),
+        (2, 0.0, 0.005, 0.05),
+        (2, 0.05, 0.8, 0.93),
+    ],
+    ids=["noise that harms", "noise", "a real gain", "noise, strict", "a real gain, strict"],
 )
-def test_noise_loses_to_the_task_head_and_a_real_gain_wins(gain: float, least: float, most: float) -> None:
+def test_noise_loses_to_the_task_head_and_a_real_gain_wins(
+    standard_errors: float, gain: float, least: float, most: float
+) -> None:
     """Aggregators that judge a tenth of 400 pairs otherwise than the head: how many of 500 are kept.
 
-    The standard error of the difference is 0.016, and a normal variable exceeds one in 0.16 of cases.
+    The standard error of the difference is 0.016; a normal variable exceeds one in 0.16 and two in 0.02 of cases.
     """
     generator = torch.Generator().manual_seed(0)
     kept = 0
@@ -258,7 +292,7 @@ def test_noise_loses_to_the_task_head_and_a_real_gain_wins(gain: float, least: f
         drawn = torch.rand(400, generator=generator)
         # A fifth of the pairs is judged anew; half of them come out as the head judged them.
         other = head.where(drawn >= 0.2, (drawn < 0.1 + gain).float())
-        kept += best_aggregator({"task_head": head, "mlp": other}, range(400), ALIKE) == "mlp"
+        kept += kept_of({"task_head": head, "mlp": other}, standard_errors=standard_errors) == "mlp"
     assert least <= kept / 500 <= most
 
 
@@ -317,23 +351,21 @@ def test_validation_pairs_are_judged_beside_those_kept_back() -> None:
 
 def test_the_expert_that_knows_is_found_on_pairs_kept_back() -> None:
     found = candidates_of(expert_features(60, good=2), good=2, **EVERY_KIND)
-    assert best_aggregator(found.hits, found.prompts, found.validation) != "task_head"
+    assert best_aggregator(found, standard_errors=1.0) != "task_head"
 
 
 def test_a_gain_that_the_finished_experts_do_not_show_is_no_gain() -> None:
     """An aggregator that is right on pairs kept back by experts of a fold, and wrong with those of the model."""
     features = expert_features(12, good=2)
     kinds = {good: candidates_of(features, good=good) for good in (0, 2)}
-    kept = {
-        good: best_aggregator(found.hits, found.prompts, found.validation) for good, found in kinds.items()
-    }
+    kept = {good: best_aggregator(found, standard_errors=1.0) for good, found in kinds.items()}
     assert kept == {0: "task_head", 2: "linear_scores"}
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_capabilities_that_say_nothing_leave_the_task_head(seed: int) -> None:
     found = candidates_of(expert_features(90, good=0, seed=seed), **EVERY_KIND)
-    assert best_aggregator(found.hits, found.prompts, found.validation) == "task_head"
+    assert best_aggregator(found, standard_errors=1.0) == "task_head"
 
 
 def test_too_few_prompts_leave_the_task_head() -> None:

@@ -1,6 +1,5 @@
 """Phase 3: which aggregator a task keeps."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,24 +11,22 @@ from prefmoe.reward.aggregators import ExpertFeatures, fit_aggregator
 from prefmoe.reward.convex import prompt_folds
 from prefmoe.reward.settings import Phase3Settings
 
-Hits = Mapping[AggregatorKind, Tensor]
-"""`ExpertFeatures.hits` of every candidate on the same pairs, the task head first; each of shape (pairs,)."""
-
 
 @dataclass(frozen=True)
 class Candidates:
     """All aggregators fitted for one task, and what speaks for each.
 
     Attributes:
-        modules: Fitted on all pairs that the experts did not see.
-        hits: On those pairs, cross-validated, and then on the validation pairs: the first are more, the second are
-            judged as the finished model will judge. Empty where pairs are too few: then chance would choose.
+        modules: Fitted on all pairs that the experts did not see; the task head first, and alone where pairs are too
+            few: then chance would choose.
+        hits: `ExpertFeatures.hits` (pairs,) on those pairs, cross-validated, and then on the validation pairs: the
+            first are more, the second are judged as the finished model will judge. Empty where pairs are too few.
         prompts: Prompt of every pair in `hits`.
         validation: Accuracy on the validation pairs alone.
     """
 
     modules: dict[AggregatorKind, nn.Module]
-    hits: Hits
+    hits: dict[AggregatorKind, Tensor]
     prompts: list[int]
     validation: dict[AggregatorKind, float]
 
@@ -69,29 +66,29 @@ def cross_validated_hits(
     return torch.cat(found)
 
 
-def best_aggregator(
-    hits: Hits, prompts: Sequence[int], validation: Mapping[AggregatorKind, float]
-) -> AggregatorKind:
-    """The kind that a task keeps: its head, unless another gains more than a standard error over it on this task.
+def best_aggregator(candidates: Candidates, *, standard_errors: float) -> AggregatorKind:
+    """The kind that a task keeps: its head, unless another gains more than some standard errors over it on this task.
 
     And loses nothing on the validation pairs: of all judges only they know the finished experts. Those of a fold have
     seen fewer pairs, so their heads leave more to be gained than there is.
 
-    Pairs are few: the best of four on a few hundred of them would often be the luckiest (the one-standard-error rule,
+    Pairs are few: the best of four on a few hundred of them would often be the luckiest (a one-standard-error rule is
     Breiman et al. 1984, section 3.4.3). Differences are paired, as all kinds judged the same pairs, and pairs of one
-    prompt count as one draw. Of several that gain enough, the one that gains most is kept.
+    prompt count as one draw. Of several that gain enough, the one that gains most is kept. Where nothing was judged,
+    the head stays.
 
     Args:
-        hits: Of every kind.
-        prompts: Prompt of every pair.
-        validation: Accuracy of every kind on the validation pairs alone.
+        candidates: Of the task.
+        standard_errors: How many an aggregator has to gain.
     """
-    head, *others = hits
-    ids = [str(prompt) for prompt in prompts]
+    head, *others = candidates.modules
+    validation = candidates.validation
+    ids = [str(prompt) for prompt in candidates.prompts]
     gains: dict[AggregatorKind, float] = {}
     for kind in others:
-        difference = (hits[kind] - hits[head]).numpy()
+        difference = (candidates.hits[kind] - candidates.hits[head]).numpy()
         gain = float(difference.mean())
-        if gain > standard_error(difference, prompt_ids=ids) and validation[kind] >= validation[head]:
+        needed = standard_errors * standard_error(difference, prompt_ids=ids)
+        if gain > needed and validation[kind] >= validation[head]:
             gains[kind] = gain
     return max(gains, key=lambda kind: gains[kind], default=head)

@@ -121,16 +121,14 @@ def build_experts(bench: Workbench, states: Sequence[ExpertState], *, rank: int 
     return experts.to(bench.backbone.device).eval()
 
 
-def choose_aggregators(
+def aggregator_candidates(
     bench: Workbench,
     folds: Sequence[Fold],
     trained: Mapping[str, TrainedExpert],
     *,
     validation: Mapping[str, ExpertFeatures],
-) -> dict[str, TaskAggregator]:
-    """Phase 3: fits every kind of aggregator for every task on what the folds kept back, and keeps the best.
-
-    What speaks for a kind are its cross-validated hits on the pairs kept back and its hits on the validation pairs.
+) -> dict[str, Candidates]:
+    """Every kind of aggregator for every task, fitted on what the folds kept back.
 
     Args:
         bench: What is worked on.
@@ -157,11 +155,17 @@ def choose_aggregators(
                 seed=bench.settings.seed,
             )
             advance(1)
+    return candidates
+
+
+def choose_aggregators(bench: Workbench, candidates: Mapping[str, Candidates]) -> dict[str, TaskAggregator]:
+    """Phase 3: the aggregator that every task keeps, and a line in the log on what spoke for each kind.
+
+    What speaks for a kind are its cross-validated hits on the pairs kept back and its hits on the validation pairs.
+    """
     chosen: dict[str, TaskAggregator] = {}
     for task, fitted in candidates.items():
-        kind: AggregatorKind = "task_head"
-        if fitted.hits:
-            kind = best_aggregator(fitted.hits, fitted.prompts, fitted.validation)
+        kind = best_aggregator(fitted, standard_errors=bench.settings.phase3.standard_errors)
         chosen[task] = TaskAggregator(kind, fitted.modules[kind])
         accuracy = {f"accuracy/{name}": value for name, value in fitted.validation.items()}
         evidence = {f"evidence/{name}": hits.mean().item() for name, hits in fitted.hits.items()}

@@ -29,6 +29,7 @@ from prefmoe.evaluation.metrics import Metrics
 from prefmoe.evaluation.pictures import best_of_n_curves as best_of_n_picture
 from prefmoe.evaluation.report import build_report
 from prefmoe.evaluation.run_folder import write_run_file
+from prefmoe.records import PreferencePair
 from prefmoe.reward.evaluate import evaluate_models
 from prefmoe.reward.score import score_texts
 from prefmoe.reward.settings import RewardSettings, check_settings
@@ -37,6 +38,7 @@ from prefmoe.reward.workbench import Workbench, build_workbench
 from prefmoe.runs.progress import Advance, Progress, silent
 from prefmoe.runs.run import make_folder
 
+WORLD = "the simulated world"  # what the demo's config names as its data
 _WORDS = r"[a-z']+|[^\sa-z]"  # of lower-case text
 _SPECIAL = ["<pad>", "</s>", "<unk>", "<user>", "<assistant>"]
 _TEMPLATE = (
@@ -79,12 +81,7 @@ def run_demo(out: Path, *, size: DemoSize = FULL, seed: int = 0, progress: Progr
     if is_new:
         pretrain_backbone(backbone, world, steps=size.pretraining_steps, seed=seed, progress=progress)
     pretraining = time.perf_counter() - start
-    pairs = {
-        "train": world.sample_pairs(size.train_pairs, split="train", label_noise=True),
-        "validation": world.sample_pairs(size.validation_pairs, split="validation", label_noise=True),
-        "test": world.sample_pairs(size.test_pairs, split="test", label_noise=False),
-    }
-    bench = build_workbench(demo_settings(out, seed=seed), pairs=pairs, progress=progress)
+    bench = build_workbench(demo_settings(out, seed=seed), pairs=world_pairs(world, size), progress=progress)
     if is_new:
         bench.run.add_seconds("backbone", pretraining)
     models = train_models(bench)
@@ -98,11 +95,20 @@ def run_demo(out: Path, *, size: DemoSize = FULL, seed: int = 0, progress: Progr
     return DemoResult(evaluate_models(bench, models), picture, build_report(out))
 
 
+def world_pairs(world: World, size: DemoSize) -> dict[str, list[PreferencePair]]:
+    """Noisy training and validation pairs, clean test pairs."""
+    return {
+        "train": world.sample_pairs(size.train_pairs, split="train", label_noise=True),
+        "validation": world.sample_pairs(size.validation_pairs, split="validation", label_noise=True),
+        "test": world.sample_pairs(size.test_pairs, split="test", label_noise=False),
+    }
+
+
 def demo_settings(out: Path, *, seed: int) -> RewardSettings:
     """The config of the demo, as a user would write it."""
     training = {"epochs": 4, "learning_rate": 2e-3, "head_learning_rate": 2e-3, "evaluations": 4}
     content = {
-        "data": {"train": "the simulated world"},
+        "data": {"train": WORLD},
         "backbone": {"name": str((out / "backbone").resolve()), "dtype": "float32", "max_length": 256},
         "experts": {"split_layer": 1, "rank": 8, "alpha": 16, "pooling": "mean"},
         "phase1": training,

@@ -141,6 +141,11 @@ class Phase3Settings(Section):
         ["task_head", "linear_scores", "linear_states", "mlp"],
         description="candidates; each task keeps the best on pairs it was not fitted on; task_head is always one",
     )
+    standard_errors: float = Field(
+        1.0,
+        ge=0,
+        description="how many of them a kind has to gain over the task head to be kept in its place",
+    )
     mlp_epochs: int = Field(30, ge=1, description="passes over the features; the best one is kept")
     mlp_learning_rate: float = Field(1e-4, gt=0, description="of AdamW")
 

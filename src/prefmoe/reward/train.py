@@ -5,6 +5,7 @@ from pathlib import Path
 
 from prefmoe.reward.aggregators import ExpertFeatures
 from prefmoe.reward.assemble import (
+    aggregator_candidates,
     assemble_model,
     choose_aggregators,
     expert_features,
@@ -47,7 +48,7 @@ def train_models(bench: Workbench) -> Models:
     crossfit = bench.settings.phase3.split == "crossfit"
     router = fit_router(bench)
     wide = train_wide(bench) if "single_wide" in methods else None
-    trained = _train_phases(bench, folds, crossfit=crossfit)
+    trained = train_phases(bench, folds, crossfit=crossfit)
 
     models: Models = {}
     if wide is not None:
@@ -59,18 +60,19 @@ def train_models(bench: Workbench) -> Models:
     of_task_adapters = None
     if folds:
         states = expert_states(bench, trained, ALL if crossfit else folds[0].name)
-        features = _validation_features(bench, states, bench.tasks, name="dmoerm")
+        features = validation_features(bench, states, bench.tasks, name="dmoerm")
         if crossfit:
             of_task_adapters = {task: found.of_task_adapter() for task, found in features.items()}
         with bench.run.clock("phase3"):
-            kept = choose_aggregators(bench, folds, trained, validation=features)
+            candidates = aggregator_candidates(bench, folds, trained, validation=features)
+            kept = choose_aggregators(bench, candidates)
         models["dmoerm"] = assemble_model(
             bench, bench.tasks, states, features, router=router, aggregators=kept
         )
     if "per_task" in methods:
         tasks: dict[str, list[str]] = {task: [] for task in bench.tasks}
         states = {expert_name(task): trained[expert_name(task)].state for task in tasks}
-        features = of_task_adapters or _validation_features(bench, states, tasks, name="per_task")
+        features = of_task_adapters or validation_features(bench, states, tasks, name="per_task")
         models["per_task"] = assemble_model(bench, tasks, states, features, router=router)
     if bench.run.is_main:
         for method, model in models.items():
@@ -79,7 +81,7 @@ def train_models(bench: Workbench) -> Models:
     return {method: models[method] for method in methods}
 
 
-def _train_phases(bench: Workbench, folds: list[Fold], *, crossfit: bool) -> dict[str, TrainedExpert]:
+def train_phases(bench: Workbench, folds: list[Fold], *, crossfit: bool) -> dict[str, TrainedExpert]:
     """Task adapters, the single model, and capability experts, as far as the methods need them."""
     methods = bench.settings.methods
     everything = Fold(ALL, prompts_of(bench.train.pairs), frozenset())
@@ -113,12 +115,13 @@ def _one_expert_model(
     return assemble_model(bench, tasks, states, features, rank=rank)
 
 
-def _validation_features(
+def validation_features(
     bench: Workbench,
     states: Mapping[str, ExpertState],
     tasks: Mapping[str, Sequence[str]],
     *,
     name: Method,
 ) -> dict[str, ExpertFeatures]:
+    """What finished experts say of every task's validation pairs; a step of the run, named after the method."""
     rows = rows_by_task(bench, "validation")
     return expert_features(bench, states, tasks, rows, name=name, label=f"validation pairs, {name}")
