@@ -11,6 +11,7 @@ stands where the score of its expert would: what experts could add that know the
 
 import argparse
 import random
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,6 +38,9 @@ VARIANTS = {
     "others": "and capability heads of the pool's other pairs",
     "labels": "and the capabilities' own labels",
 }
+
+
+LEARNED = ("few", "drawn", "others")
 
 
 class Pairs:
@@ -72,11 +76,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     bench = bench_of(arguments)
     pool, validation = pairs_by_task(bench, bench.train), pairs_by_task(bench, bench.validation)
     hits: dict[str, dict[str, list[Tensor]]] = {name: {task: [] for task in pool} for name in VARIANTS}
-    known: list[Tensor] = []  # of every capability and draw: hits on its own labels
+    known: dict[str, list[Tensor]] = {name: [] for name in LEARNED}  # hits of heads on their own labels
     for draw in range(arguments.draws):
         for task in pool:
             found, own = judge(pool[task], validation[task], size=arguments.pairs_per_task, seed=draw)
-            known += own
+            for name, rows in own.items():
+                known[name] += rows
             for name, values in found.items():
                 hits[name][task].append(values)
     result = report(arguments, hits, validation, known)
@@ -132,7 +137,7 @@ def pairs_by_task(bench: Workbench, encoded: EncodedPairs) -> dict[str, Pairs]:
     return found
 
 
-def judge(pool: Pairs, validation: Pairs, *, size: int, seed: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+def judge(pool: Pairs, validation: Pairs, *, size: int, seed: int) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
     """Hits (pairs,) on the validation pairs of every variant; and of each capability's head on its own labels."""
     drawn = random.Random(seed).sample(range(len(pool.rows)), min(size, len(pool.rows)))
     pairs, others = pool.part(drawn), pool.part(sorted(set(range(len(pool.rows))) - set(drawn)))
@@ -144,7 +149,7 @@ def judge(pool: Pairs, validation: Pairs, *, size: int, seed: int) -> tuple[dict
         for side in (True, False)
     ]
     kept_back = [row for half in halves for row in half.rows]
-    hits, own = {}, []
+    hits, own = {}, {}
     for variant in VARIANTS:
         out_of_fold = [scores(variant, half, halves[1 - i], others) for i, half in enumerate(halves)]
         kind = "task_head" if variant == "head" else "linear_scores"
@@ -152,9 +157,9 @@ def judge(pool: Pairs, validation: Pairs, *, size: int, seed: int) -> tuple[dict
         aggregator = fit_aggregator(kind, known, settings=Phase3Settings(), seed=seed)
         final = scores(variant, validation, pairs, others)
         hits[variant] = features(final, validation.rows).hits(aggregator)
-        if variant == "drawn":
+        if variant in LEARNED:
             margins = (final[:, 0] - final[:, 1])[:, 1:].T
-            own = [
+            own[variant] = [
                 (margin * sides > 0)[sides != 0].float()
                 for margin, sides in zip(margins, validation.labels.values(), strict=True)
             ]
@@ -189,7 +194,7 @@ def report(
     arguments: argparse.Namespace,
     hits: Mapping[str, Mapping[str, Sequence[Tensor]]],
     validation: Mapping[str, Pairs],
-    own: Sequence[Tensor],
+    own: Mapping[str, Sequence[Tensor]],
 ) -> dict[str, object]:
     """Accuracies with 95 % intervals over validation prompts, hits being means over the draws."""
     prompts = {task: [str(row.prompt) for row in pairs.rows] for task, pairs in validation.items()}
@@ -218,11 +223,10 @@ def report(
             }
             for name, by_task in hits.items()
         },
-        "heads_right_on_their_own_labels": round(
-            sum(values.mean().item() for values in own if len(values))
-            / max(1, sum(len(values) > 0 for values in own)),
-            4,
-        ),
+        "heads_right_on_their_own_labels": {
+            name: round(statistics.mean(values.mean().item() for values in rows if len(values)), 4)
+            for name, rows in own.items()
+        },
         "validation_pairs": sum(len(pairs.rows) for pairs in validation.values()),
     }
 
@@ -237,7 +241,8 @@ def show(result: dict) -> None:
             f"{gain['value']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})",
         )
     Console().print(table)
-    Console().print(f"capability heads on their own labels: {result['heads_right_on_their_own_labels']:.3f}")
+    for name, share in result["heads_right_on_their_own_labels"].items():
+        Console().print(f"{VARIANTS[name]}: right on {share:.3f} of their own labels")
 
 
 if __name__ == "__main__":
