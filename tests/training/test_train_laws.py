@@ -314,6 +314,15 @@ def test_an_expert_without_pairs_keeps_its_start(bench: Workbench, tmp_path: Pat
     assert trained[job.name].accuracy > 0.95
 
 
+def test_a_head_starts_from_pairs_of_its_own_where_it_has_them(bench: Workbench, tmp_path: Path) -> None:
+    job, other = task_jobs(bench)
+    few = ExpertJob("few", job.train[:4], [], head_pairs=job.train)
+    trained = train_tiny(bench, tmp_path, [few, job, other], epochs=0, head_start=True)
+    heads = [expert.state["head.weight"] for expert in trained.values()]
+    torch.testing.assert_close(heads[0], heads[1])
+    assert not torch.allclose(heads[0], heads[2])
+
+
 def test_a_capability_expert_starts_from_its_parent(bench: Workbench, tmp_path: Path) -> None:
     job, _ = task_jobs(bench)
     parent = train_tiny(bench, tmp_path / "1", [job])[job.name]

@@ -42,6 +42,16 @@ def test_training_and_validation_pairs_are_labelled_and_test_pairs_are_not(tmp_p
     assert labelled["test"] == splits()["test"]
 
 
+def test_further_pairs_for_capabilities_are_labelled_too(tmp_path):
+    rows = pairs(6)
+    given = {"train": rows[:1], "validation": rows[1:2], "test": rows[2:3], "capability_train": rows[3:]}
+    with JudgeServer() as server:
+        labelled = label_splits(given, settings(tmp_path, server.url))
+        assert len(server.requests) == 5 * 4
+    for before, after in zip(rows[3:], labelled["capability_train"], strict=True):
+        assert dict(after.capabilities) == dict.fromkeys(["wit", "brevity"], side_by_hash(before))
+
+
 def test_soft_labels_of_a_judge_and_of_rows_are_kept_where_they_are_asked_for(tmp_path):
     shown = [
         {"token": "1", "top_logprobs": [{"token": t, "logprob": log(p)} for t, p in (("1", 0.8), ("2", 0.2))]}

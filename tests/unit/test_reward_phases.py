@@ -3,15 +3,18 @@
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from transformers import TrainingArguments
 
+from data_helpers import assistant, user
 from prefmoe.reward import phases
 from prefmoe.reward.assemble import rows_by_task
-from prefmoe.reward.phases import expert_name, make_folds, pairs_of, select_rows
+from prefmoe.reward.jobs import TrainedExpert
+from prefmoe.reward.phases import ALL, Fold, expert_name, make_folds, pairs_of, prompts_of, select_rows
 from prefmoe.reward.training import work_on_one_device
-from tiny_run import planted_splits, tiny_bench, tiny_settings
+from tiny_run import planted_pairs, planted_splits, tiny_bench, tiny_experts, tiny_settings
 
 
 @pytest.mark.parametrize("split", ["paper", "crossfit"])
@@ -48,6 +51,57 @@ def test_a_capability_expert_sees_soft_labels_where_there_are_any(tmp_path: Path
         bench = tiny_bench(settings, splits)
         rows = phases.capability_rows(bench.train, task, "wit", pairs_of(task))
         assert [row.label for row in rows] == expected
+
+
+def test_capability_experts_see_further_pairs_and_never_those_kept_back(tmp_path: Path) -> None:
+    """Further pairs on prompts of the training pairs and on prompts of their own, with the capability `loud`."""
+    splits = planted_splits()
+    hot = [pair for pair in splits["train"] if pair.task == "hot"]
+    more = [
+        replace(pair, chosen=assistant("ab"), rejected=assistant("ab !!"), capabilities={"loud": -1})
+        for pair in hot
+    ]
+    more += [
+        replace(
+            pair, id=f"more{pair.id}", prompt=user(f"other {pair.id}"), capabilities={"loud": 1, "new": 1}
+        )
+        for pair in hot
+    ]
+    bench = tiny_bench(
+        tiny_settings(tmp_path, phase2={"max_pairs_per_capability": 8}), splits | {"capability_train": more}
+    )
+    assert bench.capabilities == {"cold": ["soft"], "hot": ["loud", "new", "soft"]}
+    folds = [*make_folds(bench), Fold(ALL, prompts_of(bench.train.pairs), frozenset())]
+    parent = TrainedExpert(tiny_experts(bench, 1).expert_state(0), 0.5)
+    adapters = {expert_name(task, fold=fold.name): parent for task in bench.tasks for fold in folds}
+    with mock.patch.object(phases, "train_stage", lambda bench, name, jobs, settings: jobs):
+        jobs = {job.name: job for job in phases.train_capability_experts(bench, folds, adapters)}
+    further = set(bench.capability_train.rows)
+    for fold in folds:
+        loud = jobs[expert_name("hot", "loud", fold.name)]
+        assert not {row.prompt for row in loud.head_pairs} & fold.held_out
+        found = {row._replace(label=1.0) for row in loud.head_pairs} & further
+        # All on other prompts, and those on prompts that the fold's experts see.
+        assert len(found) == len(hot) + sum(
+            row.prompt not in fold.held_out for row in bench.capability_train.rows[: len(hot)]
+        )
+        assert len(loud.train) == 8
+        assert set(loud.train) <= set(loud.head_pairs)
+        assert len(jobs[expert_name("hot", "new", fold.name)].head_pairs) == len(hot)
+        assert not set(jobs[expert_name("cold", "soft", fold.name)].head_pairs) & further
+
+
+def test_task_adapters_and_the_single_model_do_not_see_further_pairs(tmp_path: Path) -> None:
+    more = [replace(pair, id=f"more{pair.id}").swap() for pair in planted_pairs(8, split="train", seed=5)]
+    bench = tiny_bench(tiny_settings(tmp_path), planted_splits() | {"capability_train": more})
+    assert len(bench.capability_train.rows) == len(more) - 1  # one is a training pair again
+    with mock.patch.object(
+        phases, "train_stage", lambda bench, name, jobs, settings, **_: dict(enumerate(jobs))
+    ):
+        folds = [Fold(ALL, prompts_of(bench.train.pairs), frozenset())]
+        jobs = phases.train_task_adapters(bench, folds, {}, single=True).values()
+    assert len(jobs) == 3
+    assert {row for job in jobs for row in job.train} == set(bench.train.rows)
 
 
 def test_no_two_experts_have_one_name() -> None:

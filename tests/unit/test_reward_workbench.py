@@ -18,6 +18,7 @@ from prefmoe.reward.splits import (
     label_capabilities,
     read_splits,
     with_task,
+    without_pairs_of,
 )
 from prefmoe.reward.workbench import Workbench, build_workbench
 from tiny import tiny_backbone
@@ -56,6 +57,20 @@ def test_a_prompt_in_two_splits_is_refused(tmp_path: Path, split: str) -> None:
     files = {"validation": str(other)} | {split: str(same)}
     with pytest.raises(DataError, match=f"stands in train and in {split}"):
         read_splits(DataSettings(train=str(train), **files))
+
+
+def test_further_pairs_may_be_the_training_file_itself(tmp_path: Path) -> None:
+    """Then they are those that a limit left out; none has a prompt of validation or test."""
+    train = write_rows(tmp_path / "train.jsonl", rows(40, "train"))
+    test = write_rows(tmp_path / "test.jsonl", rows(4, "test"))
+    more = write_rows(tmp_path / "more.jsonl", [*rows(40, "train"), *rows(4, "test")])
+    data = DataSettings(train=str(train), test=str(test), capability_train=str(more), validation_fraction=0.2)
+    found = read_splits(data)
+    assert [pair.prompt for pair in found["capability_train"]] == [pair.prompt for pair in found["train"]]
+    drawn = draw_per_task(found["train"], 5, seed=0)
+    left = without_pairs_of(found["capability_train"], [drawn[0].swap(), *drawn[1:]])
+    assert len(left) == len(found["train"]) - 10
+    assert not {pair.prompt for pair in left} & {pair.prompt for pair in drawn}
 
 
 def test_an_empty_training_file(tmp_path: Path) -> None:

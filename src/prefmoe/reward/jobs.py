@@ -44,12 +44,17 @@ class TrainingSettings(BaseModel):
 
 @dataclass(frozen=True)
 class ExpertJob:
-    """One expert to train: its name, its pairs, where it starts."""
+    """One expert to train: its name, its pairs, where it starts.
+
+    Attributes:
+        head_pairs: What the convex start of its head is fitted to, where that is not `train`.
+    """
 
     name: str
     train: Sequence[PairRow]
     validation: Sequence[PairRow]
     start: ExpertState | None = None
+    head_pairs: Sequence[PairRow] = ()
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,11 @@ def pairs_of(task: str | None = None, fold: Fold | None = None) -> Chooser:
     )
 
 
+def not_kept_back(fold: Fold) -> Chooser:
+    """Chooses pairs, of any file, that the experts of a fold may see; those with equal sides say nothing."""
+    return lambda pair, row: row.prompt not in fold.held_out and row.chosen != row.rejected
+
+
 def select_rows(encoded: EncodedPairs, wanted: Chooser) -> list[PairRow]:
     """Rows of the pairs that are wanted."""
     return [row for pair, row in zip(encoded.pairs, encoded.rows, strict=True) if wanted(pair, row)]
@@ -250,15 +255,20 @@ def train_wide(bench: Workbench) -> TrainedExpert:
 def train_capability_experts(
     bench: Workbench, folds: Sequence[Fold], task_adapters: Mapping[str, TrainedExpert]
 ) -> dict[str, TrainedExpert]:
-    """Phase 2: every capability expert of every fold in one pass, each from its task's adapter."""
+    """Phase 2: every capability expert of every fold in one pass, each from its task's adapter.
+
+    Its head starts from all labelled pairs, those of `data.capability_train` too (of a fold, those of prompts that are
+    not kept back); LoRA learns from as many of them as the settings allow.
+    """
     limit = bench.settings.phase2.max_pairs_per_capability
     jobs = []
     for fold in folds:
         for task, names in bench.capabilities.items():
             start = task_adapters[expert_name(task, fold=fold.name)].state
             for name in names:
-                rows = capability_rows(bench.train, task, name, pairs_of(task, fold))
+                known = capability_rows(bench.train, task, name, pairs_of(task, fold))
+                known += capability_rows(bench.capability_train, task, name, not_kept_back(fold))
                 held = capability_rows(bench.validation, task, name, pairs_of(task))
-                rows = draw(rows, limit, bench.settings.seed)
-                jobs.append(ExpertJob(expert_name(task, name, fold.name), rows, held, start))
+                rows = draw(known, limit, bench.settings.seed)
+                jobs.append(ExpertJob(expert_name(task, name, fold.name), rows, held, start, known))
     return train_stage(bench, "phase2", jobs, bench.settings.phase2) if jobs else {}

@@ -31,6 +31,14 @@ class DataSettings(Section):
     max_validation_pairs_per_task: int | None = Field(
         None, ge=1, description="of validation; drawn by `seed`"
     )
+    capability_train: str | None = Field(
+        None,
+        description="as `train`: more pairs for capability experts, whose preference is not used; may be `train` "
+        "itself where `max_pairs_per_task` leaves pairs out",
+    )
+    max_capability_pairs_per_task: int | None = Field(
+        None, ge=1, description="of capability_train; drawn by `seed`"
+    )
     labels: Annotated[
         Annotated[Literal["columns", "rules"], Tag(_NAMED)] | Annotated[JudgeSettings, Tag(_JUDGED)],
         Discriminator(lambda value: _NAMED if isinstance(value, str) else _JUDGED),
@@ -121,7 +129,11 @@ class Phase1Settings(TrainingSettings):
 class Phase2Settings(TrainingSettings):
     """Capability experts."""
 
-    max_pairs_per_capability: int | None = Field(None, ge=1, description="labelled pairs; drawn by `seed`")
+    max_pairs_per_capability: int | None = Field(
+        None,
+        ge=1,
+        description="labelled pairs that LoRA learns from, drawn by `seed`; heads start from all that there are",
+    )
 
 
 class Phase3Settings(Section):

@@ -22,7 +22,7 @@ from prefmoe.runs.progress import Progress, silent
 from prefmoe.runs.run import process_state
 
 ONE_TASK = "all"
-_ASKED_SPLITS = ("train", "validation")
+_ASKED_SPLITS = ("train", "validation", "capability_train")
 
 Splits = dict[str, list[PreferencePair]]
 _FEW_PAIRS = 5
@@ -33,7 +33,9 @@ class RewardTrainingWarning(PrefmoeWarning):
 
 
 def read_splits(data: DataSettings, seed: int = 0) -> dict[str, list[PreferencePair]]:
-    """Train, validation and test pairs as the settings say.
+    """Train, validation and test pairs as the settings say, and `capability_train` if they name it.
+
+    Of the last, pairs whose prompt stands in validation or test are left out.
 
     Raises:
         DataError: a prompt stands in two splits, or there is nothing to train on.
@@ -49,7 +51,17 @@ def read_splits(data: DataSettings, seed: int = 0) -> dict[str, list[PreferenceP
     test = [] if data.test is None else read_pairs(data.test, split="test")
     splits = {"train": train, "validation": validation, "test": test}
     _check_disjoint(splits)
+    if data.capability_train is not None:
+        more = read_pairs(data.capability_train, split="train")
+        held_out = {prompt_hash(pair.prompt) for pair in (*validation, *test)}
+        splits["capability_train"] = [pair for pair in more if prompt_hash(pair.prompt) not in held_out]
     return splits
+
+
+def without_pairs_of(pairs: list[PreferencePair], known: list[PreferencePair]) -> list[PreferencePair]:
+    """Pairs that are not among the known ones, whichever side is preferred."""
+    seen = {(pair.prompt, frozenset([pair.chosen, pair.rejected])) for pair in known}
+    return [pair for pair in pairs if (pair.prompt, frozenset([pair.chosen, pair.rejected])) not in seen]
 
 
 def draw_per_task(pairs: list[PreferencePair], limit: int | None, seed: int) -> list[PreferencePair]:
@@ -137,7 +149,8 @@ def _label_by_judge(
             "data.labels is a judge, but data.tasks_file is not given; name a tasks file with sentences"
         )
     path = Path(settings.data.answers or Path(settings.out).parent / "answers.sqlite")
-    asked = [pair for name in _ASKED_SPLITS for pair in splits[name]]
+    asked_splits = [name for name in _ASKED_SPLITS if name in splits]
+    asked = [pair for name in asked_splits for pair in splits[name]]
 
     @contextmanager
     def watch(total: int) -> Iterator[Report]:
@@ -150,7 +163,7 @@ def _label_by_judge(
         require_everything(labeler)
         if settings.data.soft_labels:
             labelled = map(_with_soft_labels, labelled, labeler.soft_labels(asked))
-    return splits | {name: list(islice(labelled, len(splits[name]))) for name in _ASKED_SPLITS}
+    return splits | {name: list(islice(labelled, len(splits[name]))) for name in asked_splits}
 
 
 def _with_soft_labels(pair: PreferencePair, found: Mapping[str, float]) -> PreferencePair:

@@ -40,17 +40,18 @@ def start_experts(
     rows = [
         (text, e)
         for e, job in zip(speakers, jobs, strict=True)
-        for pair in job.train
+        for pair in job.head_pairs or job.train
         for text in (pair.chosen, pair.rejected)
     ]
     states = pooled_states(backbone, experts, trunk, rows, label="starting heads", progress=progress)
     first = 0
     for expert, job in enumerate(jobs):
-        mine = states[first : first + 2 * len(job.train)]
+        pairs = job.head_pairs or job.train
+        mine = states[first : first + 2 * len(pairs)]
         first += len(mine)
         if not len(mine):
             continue
-        weight = fit_head(mine[0::2], mine[1::2], job.train)
+        weight = fit_head(mine[0::2], mine[1::2], pairs)
         with torch.no_grad():
             experts.head_weight[expert] = weight.to(experts.head_weight.device)
 

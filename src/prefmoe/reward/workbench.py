@@ -1,6 +1,6 @@
 """What all phases of a training work on: labelled pairs, their texts, the frozen backbone, the run folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +21,7 @@ from prefmoe.reward.splits import (
     read_splits,
     warn_of_small_tasks,
     with_task,
+    without_pairs_of,
 )
 from prefmoe.reward.texts import EncodedPairs, TextTable, encode_pairs, prompt_of
 from prefmoe.reward.trunk import Trunk
@@ -40,6 +41,7 @@ class Workbench:
         capabilities: For every task those that have labels, in a fixed order.
         prompts: Texts and tasks for the router, of the training file only.
         train, validation, test: Tokenized pairs; `test` may be empty.
+        capability_train: More pairs, which only capability experts learn from; mostly empty.
     """
 
     settings: RewardSettings
@@ -53,6 +55,7 @@ class Workbench:
     train: EncodedPairs
     validation: EncodedPairs
     test: EncodedPairs
+    capability_train: EncodedPairs = field(default_factory=lambda: EncodedPairs([], []))
     progress: Progress = silent
 
     @property
@@ -113,7 +116,8 @@ def build_workbench(
     renderer = Renderer(tokenizer, max_length=body.max_length)
     table = TextTable()
     encoded = {
-        name: encode_pairs(rows, renderer, table, allow_equal=name == "test") for name, rows in splits.items()
+        name: encode_pairs(rows, renderer, table, allow_equal=name in ("test", "capability_train"))
+        for name, rows in splits.items()
     }
     prompts = encode_prompts(undrawn, settings, renderer, table)
     run.check_inputs(
@@ -137,6 +141,7 @@ def build_workbench(
         train=encoded["train"],
         validation=encoded["validation"],
         test=encoded["test"],
+        capability_train=encoded.get("capability_train", EncodedPairs([], [])),
         progress=progress,
     )
 
@@ -156,8 +161,11 @@ def _labelled_splits(
     splits["train"] = draw_per_task(undrawn, data.max_pairs_per_task, seed)
     check_weights(splits["train"])
     splits["validation"] = draw_per_task(splits["validation"], data.max_validation_pairs_per_task, seed)
+    if "capability_train" in splits:
+        more = without_pairs_of(splits["capability_train"], splits["train"])
+        splits["capability_train"] = draw_per_task(more, data.max_capability_pairs_per_task, seed)
     splits = label_splits(splits, settings, progress=progress)
-    capabilities = find_capabilities(splits["train"], data)
+    capabilities = find_capabilities([*splits["train"], *splits.get("capability_train", [])], data)
     warn_of_small_tasks(splits)
     if settings.phase3.general_expert and any(GENERAL in names for names in capabilities.values()):
         raise ConfigError(
