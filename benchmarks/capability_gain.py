@@ -137,7 +137,9 @@ def pairs_by_task(bench: Workbench, encoded: EncodedPairs) -> dict[str, Pairs]:
     return found
 
 
-def judge(pool: Pairs, validation: Pairs, *, size: int, seed: int) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+def judge(
+    pool: Pairs, validation: Pairs, *, size: int, seed: int
+) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
     """Hits (pairs,) on the validation pairs of every variant; and of each capability's head on its own labels."""
     drawn = random.Random(seed).sample(range(len(pool.rows)), min(size, len(pool.rows)))
     pairs, others = pool.part(drawn), pool.part(sorted(set(range(len(pool.rows))) - set(drawn)))

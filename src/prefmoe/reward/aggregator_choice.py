@@ -72,10 +72,10 @@ def best_aggregator(candidates: Candidates, *, standard_errors: float) -> Aggreg
     And loses nothing on the validation pairs: of all judges only they know the finished experts. Those of a fold have
     seen fewer pairs, so their heads leave more to be gained than there is.
 
-    Pairs are few: the best of four on a few hundred of them would often be the luckiest (a one-standard-error rule is
-    Breiman et al. 1984, section 3.4.3). Differences are paired, as all kinds judged the same pairs, and pairs of one
-    prompt count as one draw. Of several that gain enough, the one that gains most is kept. Where nothing was judged,
-    the head stays.
+    Pairs are few: the best of four on a few hundred of them would often be the luckiest (a rule of one standard error
+    is Breiman et al. 1984, section 3.4.3; three kinds have three tries, so the settings ask for two). Differences are
+    paired, as all kinds judged the same pairs, and pairs of one prompt count as one draw. Of several that gain enough,
+    the one that gains most is kept. Where nothing was judged, the head stays.
 
     Args:
         candidates: Of the task.

@@ -154,7 +154,7 @@ class Phase3Settings(Section):
         description="candidates; each task keeps the best on pairs it was not fitted on; task_head is always one",
     )
     standard_errors: float = Field(
-        1.0,
+        2.0,
         ge=0,
         description="how many of them a kind has to gain over the task head to be kept in its place",
     )
