@@ -5,6 +5,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from typer.testing import CliRunner
 
@@ -44,6 +46,76 @@ def test_prompt_in_two_files_of_a_folder(tmp_path):
         f"{tmp_path}/train.jsonl:2: the prompt also stands in {tmp_path}/test.jsonl:1; "
         "keep a prompt in one split\n"
     )
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_good_rows_are_written_in_order_with_all_their_columns(tmp_path, ending):
+    rows = [row(prompt=f"Warum {i}? 为什么", note={"half": [i, None, 0.1]}) for i in range(5)]
+    path = tmp_path / f"train{ending}"
+    bad = [rows[0], row(chosen="", note=None), *rows[1:], row(prompt=" ", note=None)]
+    if ending == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(bad), path)
+    else:
+        write_rows(path, bad)
+    out = tmp_path / "good.jsonl"
+    result = run("check", path, "--write-good", out)
+    assert (result.exit_code, len(result.stdout.splitlines())) == (3, 2)
+    assert f"{out}: 5 rows that are right" in result.stderr
+    lines = out.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == rows
+    assert "为什么" in lines[0]
+    assert run("check", out).exit_code == 0
+
+
+def test_rows_that_are_no_json_are_left_out_and_half_a_character_survives(tmp_path):
+    path, out = tmp_path / "train.jsonl", tmp_path / "good.jsonl"
+    odd = row(note="\ud83d and é")  # in a column that nobody reads
+    path.write_bytes(b"\n".join([b"{", b"\xff", json.dumps(odd).encode(), b"", json.dumps(row()).encode()]))
+    assert run("check", path, "--write-good", out).exit_code == 3
+    assert [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] == [odd, row()]
+
+
+def test_a_file_without_bad_rows_is_copied_and_one_without_good_rows_is_not(tmp_path):
+    out = tmp_path / "good.jsonl"
+    assert run("check", write_rows(tmp_path / "a.jsonl", [row()]), "--write-good", out).exit_code == 0
+    assert json.loads(out.read_text()) == row()
+    before = out.read_bytes()
+    for source in (write_rows(tmp_path / "b.jsonl", [row(chosen="")]), tmp_path / "gone.jsonl"):
+        result = run("check", source, "--write-good", out)
+        assert (result.exit_code, out.read_bytes()) == (3, before)
+        assert f"{out}: not written; no row is right" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("sources", "out", "sentence"),
+    [
+        (["a.jsonl"], "a.jsonl", "is the input file"),
+        (["a.jsonl"], "link.jsonl", "is the input file"),
+        (["a.jsonl", "b.jsonl"], "good.jsonl", "takes one file, not 2"),
+        (["."], "good.jsonl", "takes one file, not 3"),
+        (["a.jsonl"], "good.parquet", "name that ends with .jsonl"),
+    ],
+)
+def test_what_good_rows_may_not_be_written_to(tmp_path, monkeypatch, sources, out, sentence):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.jsonl"):
+        write_rows(tmp_path / name, [row(), row(chosen="")])
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    before = (tmp_path / "a.jsonl").read_bytes()
+    result = run("check", *sources, "--write-good", out)
+    assert result.exit_code == 2
+    assert sentence in " ".join(result.stderr.replace("│", " ").split())
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+    assert not (tmp_path / "good.jsonl").exists()
+
+
+def test_good_rows_of_a_dataset_name_are_those_of_its_split(tmp_path, monkeypatch):
+    splits = {"train": [row()], "test": [row(chosen=""), row(prompt="Other?")]}
+    fake = SimpleNamespace(load_dataset=lambda name, *, split: splits[split])
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    out = tmp_path / "good.jsonl"
+    assert run("check", "someone/pairs", "--split", "test", "--write-good", out).exit_code == 3
+    assert json.loads(out.read_text()) == row(prompt="Other?")
 
 
 @pytest.mark.parametrize(

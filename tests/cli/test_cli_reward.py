@@ -129,6 +129,15 @@ def test_eval_counts_what_was_cut_and_what_became_a_tie(saved_model, tmp_path):
     assert "lost tokens" not in result.stderr
 
 
+def test_eval_measures_every_pair_of_every_file__defect_11(saved_model, tmp_path):
+    """The release read the first 20 lines of one file."""
+    files = [write_rows(tmp_path / f"{name}.jsonl", pair_rows(name, num=12)) for name in ("one", "two")]
+    out = tmp_path / "eval.json"
+    assert run_cli("reward", "eval", saved_model, *files, "--json", out).exit_code == 0
+    (measured,) = read_metrics(out).methods.values()
+    assert {task: cell.pairs for task, cell in measured.tasks.items()} == {"advice": 24, "facts": 24}
+
+
 def test_score_of_pairs_gives_both_sides(saved_model, tmp_path):
     source = write_rows(tmp_path / "in.jsonl", pair_rows("test", num=1, tasks=("facts",)))
     assert run_cli("reward", "score", saved_model, source, "-o", tmp_path / "out.jsonl").exit_code == 0

@@ -124,7 +124,8 @@ MISTAKES = [
         "one bad row among many",
         rows("train.jsonl", changed(70, rejected=None, reject="No.")),
         "{folder}/train.jsonl:70: 'rejected' is missing; keys found: 'id', 'prompt', 'chosen', 'task', "
-        "'capabilities', 'reject'. Did you mean 'reject' -> 'rejected'?\n",
+        "'capabilities', 'reject'. Did you mean 'reject' -> 'rejected'?\n"
+        "`prefmoe data check FILE --write-good NEW.jsonl` writes the rows that are right\n",
         3,
     ),
     Mistake(
@@ -476,5 +477,7 @@ def test_real_process_has_no_traceback(tmp_path):
     arguments = [sys.executable, "-m", "prefmoe", "data", "stats", str(path)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (3, "")
-    assert done.stderr.splitlines()[-1] == f"{path}:2: 'rejected' is empty; drop the row"
+    problem, advice = done.stderr.splitlines()[-2:]
+    assert problem == f"{path}:2: 'rejected' is empty; drop the row"
+    assert "--write-good" in advice
     assert "Traceback" not in done.stderr

@@ -10,7 +10,7 @@ import torch
 
 from prefmoe.records import PreferencePair
 from prefmoe.reward.assemble import rows_by_task
-from prefmoe.reward.evaluate import evaluate_models, score_pairs
+from prefmoe.reward.evaluate import evaluate_models, method_of, score_pairs
 from prefmoe.reward.phases import make_folds
 from prefmoe.reward.train import Models, train_models
 from prefmoe.reward.workbench import Workbench
@@ -101,6 +101,7 @@ def test_pairs_without_tasks_and_capabilities(tmp_path: Path) -> None:
     bench, models = trained(tmp_path / "run", splits, methods=["single", "per_task", "dmoerm"])
     assert evaluate_models(bench, models).methods["dmoerm"].macro > 0.95
     assert models["dmoerm"].config.aggregators == ["task_head"]
+    assert [method_of(model) for model in models.values()] == list(models)  # their shapes are the same
     same = [models[method].experts.expert_state(0) for method in ("per_task", "dmoerm")]
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
 

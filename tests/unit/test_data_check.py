@@ -1,8 +1,13 @@
 """`check_files` names each planted error with its file and line; `describe_pairs` counts by hand."""
 
+import pytest
+
 from data_helpers import assistant, make_pair, row, write_rows
-from prefmoe.data.check import check_files
+from prefmoe.data import check
+from prefmoe.data.check import check_files, write_good_rows
+from prefmoe.data.rows import Row
 from prefmoe.data.stats import describe_pairs
+from prefmoe.errors import DataError
 
 
 def test_every_planted_error_is_reported_with_its_line(tmp_path):
@@ -56,6 +61,20 @@ def test_one_bad_row_among_many(tmp_path):
     report = check_files({"train": write_rows(tmp_path / "pairs.jsonl", rows)})
     assert [problem.line for problem in report.problems] == [17_001]
     assert report.num_pairs == {"train": 19_999}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, DataError("gone")])
+def test_a_writing_that_stops_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, stop):
+    def rows(*_, **__):
+        yield Row("a.jsonl", 1, row())
+        raise stop
+
+    out = write_rows(tmp_path / "good.jsonl", [row(prompt="Old?")])
+    before = out.read_bytes()
+    monkeypatch.setattr(check, "iter_rows", rows)
+    with pytest.raises((KeyboardInterrupt, DataError)):
+        write_good_rows(out, "a.jsonl", [])
+    assert (list(tmp_path.iterdir()), out.read_bytes()) == ([out], before)
 
 
 def test_numbers_of_each_task():

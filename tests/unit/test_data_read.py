@@ -93,9 +93,20 @@ def test_all_bad_rows_are_in_one_error_that_survives_pickling(tmp_path):
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{path}:1: 'chosen' is empty; drop the row"
     assert lines[1].startswith(f"{path}:3: 'margin' is -1")
-    assert lines[-1] == "... and 11 more"
+    assert lines[-2] == "... and 11 more"
+    assert "`prefmoe data check FILE --write-good NEW.jsonl`" in lines[-1]
     again = pickle.loads(pickle.dumps(caught.value))
     assert (str(again), again.line) == (str(caught.value), 1)
+
+
+def test_bad_rows_can_be_left_out_only_where_others_are_right(tmp_path):
+    path = write_rows(tmp_path / "pairs.jsonl", [row(chosen="")])
+    with pytest.raises(DataError, match=r"drop the row$"):
+        read_pairs(path)
+    path = write_rows(tmp_path / "answers.jsonl", [{"prompt": "p", "completion": "a"}, {"prompt": "p"}])
+    with pytest.raises(DataError) as caught:
+        read_completions(path)
+    assert "data check" not in str(caught.value)  # it checks pairs
 
 
 def test_one_bad_row_among_many_is_found(tmp_path):

@@ -97,11 +97,14 @@ def test_defect_9_the_router_has_no_softmax_before_cross_entropy():
     assert not torch.allclose(logits.sum(1), torch.ones(40))
 
 
-def test_defect_12_training_mode_is_torchs_own_and_every_part_is_a_registered_module():
+def test_defect_12_every_part_is_registered_and_all_but_the_frozen_backbone_follow_train():
+    """The release overrides `train` with the training itself, so that no mode can be set."""
     model = tiny_reward_model(aggregators=["mlp"] * 3, dense_tasks=True)
-    assert model.train(False) is model
-    assert model.train() is model
-    assert all(part.training for part in model.experts.modules())
+    frozen = list(model.backbone.modules())
+    for mode in (False, True):
+        assert model.train(mode) is model
+        assert all(part.training is mode for part in model.modules() if part not in frozen)
+        assert not any(part.training for part in frozen)
     owned = {id(parameter) for parameter in model.parameters()}
     parts = [*model.aggregators, *model.experts.sites.values(), *model.experts.dense.values(), model.router]
     assert all(id(parameter) in owned for part in parts for parameter in part.parameters())

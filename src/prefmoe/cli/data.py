@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from prefmoe.data.check import check_files
+from prefmoe.data.check import CheckReport, check_files, write_good_rows
 from prefmoe.data.read import read_pairs
 from prefmoe.data.rows import FILE_SUFFIXES
 from prefmoe.data.stats import describe_pairs
@@ -27,20 +27,57 @@ Split = Annotated[str, typer.Option(help="Which split of a `datasets` name.")]
 
 
 @app.command()
-def check(files: Sources, split: Split = "train") -> None:
+def check(
+    files: Sources,
+    split: Split = "train",
+    write_good: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT",
+            help="Write the rows of the one file that are right, as they are and in their order, as JSON Lines.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Name every bad row, and every prompt that stands in two files.
 
-    Each problem is one line on stdout: file:line: what is wrong. Exit code 3 if there is any.
+    Each problem is one line on stdout: file:line: what is wrong. Exit code 3 if there is any, also with --write-good.
     """
+    sources = _expand(files)
+    if write_good is not None:
+        _check_out(write_good, sources)
     people = Console(stderr=True)
     with people.status("checking ..."):
-        report = check_files({str(file): file for file in _expand(files)}, part=split)
+        report = check_files({str(file): file for file in sources}, part=split)
     for problem in report.problems:
         typer.echo(str(problem))
     found = f"{sum(report.num_rows.values())} rows, {sum(report.num_pairs.values())} usable pairs"
     typer.echo(f"{len(report.num_rows)} files, {found}, {len(report.problems)} problems", err=True)
+    if write_good is not None:
+        _write_good(write_good, sources[0], report, split)
     if report.problems:
         raise typer.Exit(DataError.exit_code)
+
+
+def _check_out(out: Path, sources: list[Path]) -> None:
+    if len(sources) > 1:
+        raise typer.BadParameter(
+            f"--write-good takes one file, not {len(sources)}; files are splits, so call it once a file"
+        )
+    if sources[0].exists() and out.exists() and out.samefile(sources[0]):
+        raise typer.BadParameter(f"--write-good {out} is the input file; choose another name")
+    if not out.name.endswith(".jsonl") or out.is_dir():
+        raise typer.BadParameter(
+            f"--write-good {out} is no file of JSON Lines; give a name that ends with .jsonl"
+        )
+
+
+def _write_good(out: Path, source: Path, report: CheckReport, split: str) -> None:
+    if not any(report.num_pairs.values()):
+        typer.echo(f"{out}: not written; no row is right", err=True)
+        return
+    num_written = write_good_rows(out, source, report.problems, split=split)
+    typer.echo(f"{out}: {num_written} rows that are right", err=True)
 
 
 @app.command()

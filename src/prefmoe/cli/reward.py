@@ -113,7 +113,9 @@ def _describe(bench: "Workbench", people: Console) -> None:
     splits = {"training": bench.train, "validation": bench.validation, "test": bench.test}
     counts = ", ".join(f"{len(split.rows)} {name}" for name, split in splits.items())
     tasks = f"{len(bench.tasks)} task{'s' * (len(bench.tasks) > 1)}"
-    people.print(f"{counts} pairs of {tasks}", highlight=False)
+    processes = bench.run.state.num_processes
+    shared = f", in {processes} processes" if processes > 1 else ""
+    people.print(f"{counts} pairs of {tasks}{shared}", highlight=False)
     truncated = sum(split.num_truncated for split in splits.values())
     if truncated:
         limit = bench.renderer.max_length

@@ -1,12 +1,15 @@
 """Checks whole files, one row at a time, and names everything that is wrong."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prefmoe.data.parse import parse_row
 from prefmoe.data.rows import Problem, Row, iter_rows
 from prefmoe.data.split import prompt_hash
+from prefmoe.data.write import write_parts
 from prefmoe.errors import DataError
 from prefmoe.records import Messages
 
@@ -56,6 +59,50 @@ def check_files(files: Mapping[str, str | Path], *, part: str | None = None) -> 
                 Problem(str(source), None, "has no rows; expected one JSON object a line")
             )
     return report
+
+
+def write_good_rows(
+    out: Path, source: str | Path, problems: Collection[Problem], *, split: str = "train"
+) -> int:
+    """Writes the rows of a checked source that no problem names: the whole file or nothing.
+
+    The source is read once more, one row at a time, so that rows need not fit into memory.
+
+    Args:
+        out: JSON Lines; every row with all its columns, in the order of the source.
+        source: One file or `datasets` name, as `check_files` read it.
+        problems: All that it found there.
+        split: Which split of a `datasets` name.
+
+    Returns:
+        How many rows were written.
+
+    Raises:
+        DataError: the source can no longer be read.
+        OutputError: `out` cannot be written.
+    """
+    bad = {problem.line for problem in problems}
+    num_written = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal num_written
+        for row in iter_rows(source, split=split):
+            if isinstance(row, Row) and row.line not in bad:
+                num_written += 1
+                yield _as_line(row.values)
+
+    write_parts(out, lines())
+    return num_written
+
+
+def _as_line(values: Mapping[str, Any]) -> str:
+    """The row as JSON, in readable characters. What only Parquet knows, such as a date, becomes text."""
+    line = json.dumps(values, ensure_ascii=False, default=str)
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half a character, which only its escape can write
+        line = json.dumps(values, default=str)
+    return line + "\n"
 
 
 class _Checker:

@@ -9,6 +9,8 @@ from prefmoe.data.rows import Problem, iter_rows
 from prefmoe.errors import DataError, join_problems
 from prefmoe.records import Completion, PreferencePair
 
+_KEEP_THE_OTHERS = "`prefmoe data check FILE --write-good NEW.jsonl` writes the rows that are right"
+
 _Record = TypeVar("_Record", PreferencePair, Completion)
 
 
@@ -25,7 +27,7 @@ def read_pairs(source: str | Path, *, split: str = "train") -> list[PreferencePa
 
     Raises:
         DataError: Anything is wrong with the source or with any of its rows; the message names them all (the
-            first 20, then a count), each with file and line.
+            first 20, then a count), each with file and line, and the command that leaves the bad rows out.
 
     Example:
         >>> import json, pathlib, tempfile
@@ -34,7 +36,7 @@ def read_pairs(source: str | Path, *, split: str = "train") -> list[PreferencePa
         >>> read_pairs(file)[0].chosen
         (Message(role='assistant', content='4'),)
     """
-    return _read(source, parse_row, split=split)
+    return _read(source, parse_row, split=split, advice=_KEEP_THE_OTHERS)
 
 
 def read_completions(source: str | Path, *, split: str = "train") -> list[Completion]:
@@ -48,7 +50,9 @@ def read_completions(source: str | Path, *, split: str = "train") -> list[Comple
     return _read(source, parse_completions, split=split)
 
 
-def _read(source: str | Path, parse: Callable[..., list[_Record]], *, split: str) -> list[_Record]:
+def _read(
+    source: str | Path, parse: Callable[..., list[_Record]], *, split: str, advice: str = ""
+) -> list[_Record]:
     records: list[_Record] = []
     problems: list[Problem] = []
     num_rows = 0
@@ -64,12 +68,12 @@ def _read(source: str | Path, parse: Callable[..., list[_Record]], *, split: str
     if num_rows == 0:
         raise DataError("has no rows; expected one JSON object a line", source)
     if problems:
-        raise _as_error(problems)
+        raise _as_error(problems, advice if records else "")
     return records
 
 
-def _as_error(problems: list[Problem]) -> DataError:
-    """One error that lists all problems and carries the place of the first."""
+def _as_error(problems: list[Problem], advice: str) -> DataError:
+    """One error that lists all problems, ends with the advice, and carries the place of the first."""
     first = problems[0]
-    text = join_problems([str(problem) for problem in problems])
+    text = "\n".join(filter(None, [join_problems([str(problem) for problem in problems]), advice]))
     return DataError(text.removeprefix(f"{first.where}: "), first.path, first.line)

@@ -23,7 +23,7 @@ def write_parts(path: Path, parts: Iterable[str]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        except OSError:
+        except BaseException:  # also what `parts` raises, and Ctrl-C
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise

@@ -60,7 +60,6 @@ def bradley_terry_loss(
         Eq. 2. Uncertain labels: the expectation of that loss, ours. Slow form: tests/reference/losses.py.
 
     Example:
-        >>> import torch
         >>> margin_of_one = bradley_terry_loss(torch.tensor([1.0]), torch.tensor([0.0]))
         >>> f"{margin_of_one:.4f}"
         '0.3133'

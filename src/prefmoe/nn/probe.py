@@ -117,11 +117,7 @@ def fit_softmax(
         True
     """
     _check_inputs("fit_softmax", features, l2)
-    wrong = labels[(labels < 0) | (labels >= num_classes)]
-    if len(wrong):
-        raise ShapeError(
-            f"fit_softmax: unknown label; got {wrong[0].item()}; expected 0 to {num_classes - 1}."
-        )
+    _check_labels("fit_softmax", labels, num_classes)
     inputs = F.pad(features.detach().double(), (0, 1), value=float(has_bias))
     counts = torch.bincount(labels, minlength=num_classes).double()
     row_weight = 1 / counts[labels] if class_balanced else torch.ones_like(inputs[:, 0])
@@ -140,6 +136,12 @@ def _check_inputs(where: str, features: Tensor, l2: float) -> None:
         raise ConfigError(f"{where}: l2 has to be above 0 so that there is one minimum; got {l2}; try 0.001.")
     if not features.isfinite().all():
         raise DataError(f"{where}: features hold nan or inf; drop those rows or look for what made them.")
+
+
+def _check_labels(where: str, labels: Tensor, num_classes: int) -> None:
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise ShapeError(f"{where}: unknown label; got {wrong[0].item()}; expected 0 to {num_classes - 1}.")
 
 
 @torch.enable_grad()

@@ -16,6 +16,7 @@ from prefmoe.reward.features import pooled_states
 from prefmoe.reward.jobs import TrainedExpert
 from prefmoe.reward.model import DMoERMForSequenceClassification
 from prefmoe.reward.phases import Fold, expert_name
+from prefmoe.reward.settings import Method
 from prefmoe.reward.texts import PairRow
 from prefmoe.reward.workbench import Workbench
 from prefmoe.runs.inputs import weights_hash
@@ -179,6 +180,7 @@ def assemble_model(
     states: Mapping[str, ExpertState],
     validation: Mapping[str, ExpertFeatures],
     *,
+    method: Method,
     router: TaskRouter | None = None,
     aggregators: Mapping[str, TaskAggregator] | None = None,
     rank: int | None = None,
@@ -190,6 +192,7 @@ def assemble_model(
         tasks: Capabilities of every task; one task for a single reward model.
         states: Expert states by `expert_name`.
         validation: Features of the same experts on validation pairs: they set the units.
+        method: Its name.
         router: None for one task.
         aggregators: None takes every task's own head.
         rank: LoRA rank of the states.
@@ -199,6 +202,7 @@ def assemble_model(
     kinds = [aggregators[task].kind if aggregators else "task_head" for task in tasks]
     config = DMoERMConfig(
         bench.backbone.config,
+        method=method,
         backbone=bench.settings.backbone.name,
         backbone_hash=weights_hash(bench.backbone),
         tasks={task: list(points) for task, points in tasks.items()},

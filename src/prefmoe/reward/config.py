@@ -20,6 +20,7 @@ class DMoERMConfig(PreTrainedConfig):
 
     Args:
         text_config: Config of the backbone, already cut to its first layers.
+        method: What it was trained as, such as "single_wide"; None in models saved before this was written.
         backbone: Where the frozen weights come from: a folder, a known name or a hub id.
         backbone_hash: Hash of the frozen weights that the experts were trained on.
         includes_backbone: True if the saved folder holds the frozen weights too.
@@ -45,6 +46,7 @@ class DMoERMConfig(PreTrainedConfig):
         self,
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
         *,
+        method: str | None = None,
         backbone: str | None = None,
         backbone_hash: str | None = None,
         includes_backbone: bool = False,
@@ -67,6 +69,7 @@ class DMoERMConfig(PreTrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         # A copy: transformers writes the attention of this model into it, which must not reach a live backbone.
         self.text_config: Any = copy.deepcopy(text_config)
+        self.method = method
         self.backbone = backbone
         self.backbone_hash = backbone_hash
         self.includes_backbone = includes_backbone

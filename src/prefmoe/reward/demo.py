@@ -150,21 +150,7 @@ def pretrain_backbone(
     texts = list(world.corpus(min(12000, steps * batch)))
     tokenizer = word_tokenizer(texts)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    model = _tiny_llama(tokenizer)
 
     def collate(rows: Sequence[str]) -> dict[str, torch.Tensor]:
         encoded = tokenizer(list(rows), padding=True, return_tensors="pt", return_token_type_ids=False)
@@ -203,6 +189,25 @@ def pretrain_backbone(
         tokenizer.save_pretrained(staging)
         model.model.cpu().save_pretrained(staging)
         staging.replace(folder)
+
+
+def _tiny_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Untrained, from torch's seed."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
 
 
 def _as_turns(text: str) -> str:

@@ -169,8 +169,10 @@ def evaluate_saved(
     )
 
 
-def method_of(model: DMoERMForSequenceClassification) -> Method:
-    """The method whose shape a model has; one adapter for everything counts as `single`, however large."""
+def method_of(model: DMoERMForSequenceClassification) -> str:
+    """The method that a model was trained as; of one that does not say it, the method whose shape it has."""
+    if model.config.method is not None:
+        return model.config.method
     if model.config.task_names == [ONE_TASK] and not model.capability_names:
         return "single"
     return "dmoerm" if model.capability_names else "per_task"

@@ -67,13 +67,13 @@ def train_models(bench: Workbench) -> Models:
             candidates = aggregator_candidates(bench, folds, trained, validation=features)
             kept = choose_aggregators(bench, candidates)
         models["dmoerm"] = assemble_model(
-            bench, bench.tasks, states, features, router=router, aggregators=kept
+            bench, bench.tasks, states, features, method="dmoerm", router=router, aggregators=kept
         )
     if "per_task" in methods:
         tasks: dict[str, list[str]] = {task: [] for task in bench.tasks}
         states = {expert_name(task): trained[expert_name(task)].state for task in tasks}
         features = of_task_adapters or validation_features(bench, states, tasks, name="per_task")
-        models["per_task"] = assemble_model(bench, tasks, states, features, router=router)
+        models["per_task"] = assemble_model(bench, tasks, states, features, method="per_task", router=router)
     if bench.run.is_main:
         for method, model in models.items():
             save_model(bench, model, bench.run.folder / method)
@@ -104,7 +104,7 @@ def save_model(bench: Workbench, model: DMoERMForSequenceClassification, folder:
 
 
 def _one_expert_model(
-    bench: Workbench, state: ExpertState, *, name: str, rank: int | None = None
+    bench: Workbench, state: ExpertState, *, name: Method, rank: int | None = None
 ) -> DMoERMForSequenceClassification:
     states = {expert_name(ONE_TASK): state}
     tasks: dict[str, list[str]] = {ONE_TASK: []}
@@ -112,7 +112,7 @@ def _one_expert_model(
     features = expert_features(
         bench, states, tasks, rows, rank=rank, name=name, label=f"validation pairs, {name}"
     )
-    return assemble_model(bench, tasks, states, features, rank=rank)
+    return assemble_model(bench, tasks, states, features, method=name, rank=rank)
 
 
 def validation_features(

@@ -137,7 +137,27 @@ def _build_trainer(
 ) -> ExpertTrainer:
     items = [(expert, pair) for expert, job in enumerate(jobs) for pair in job.train]
     order = training_order(items, trunk, settings, seed)
-    steps = max(1, len(order) // settings.batch_pairs)
+    use_cpu = backbone.device.type == "cpu"
+    return ExpertTrainer(
+        model=PairModule(backbone, experts),
+        args=_training_arguments(settings, folder, num_pairs=len(order), seed=seed, use_cpu=use_cpu),
+        train_dataset=order,
+        eval_dataset=order[:1],  # the Trainer wants one; `evaluate` reads the jobs' own validation pairs
+        data_collator=PairCollator(trunk),
+        optimizers=(_optimizer(experts, settings), None),
+        callbacks=list(callbacks),
+        jobs=jobs,
+        trunk=trunk,
+        patience=settings.patience,
+        progress=progress,
+    )
+
+
+def _training_arguments(
+    settings: TrainingSettings, folder: Path, *, num_pairs: int, seed: int, use_cpu: bool
+) -> TrainingArguments:
+    """What the Trainer does with so many pairs: its steps, and who of several processes takes what of a batch."""
+    steps = max(1, num_pairs // settings.batch_pairs)
     every = max(1, math.ceil(steps / settings.evaluations))
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -161,7 +181,7 @@ def _build_trainer(
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,  # every bank takes part in every batch
         label_names=["label"],
-        use_cpu=backbone.device.type == "cpu",
+        use_cpu=use_cpu,
     )
     work_on_one_device(arguments)
     parts = arguments.world_size * settings.accumulation
@@ -171,22 +191,14 @@ def _build_trainer(
             f"x accumulation={settings.accumulation}; choose a multiple of {parts}"
         )
     arguments.per_device_train_batch_size = settings.batch_pairs // parts
+    return arguments
+
+
+def _optimizer(experts: Experts, settings: TrainingSettings) -> torch.optim.Optimizer:
+    """AdamW without decay; heads have a learning rate of their own."""
     head = experts.head_weight
     groups: list[dict[str, Any]] = [
         {"params": [p for p in experts.parameters() if p.requires_grad and p is not head]},
         {"params": [head], "lr": settings.head_learning_rate},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.0)
-    return ExpertTrainer(
-        model=PairModule(backbone, experts),
-        args=arguments,
-        train_dataset=order,
-        eval_dataset=order[:1],  # the Trainer wants one; `evaluate` reads the jobs' own validation pairs
-        data_collator=PairCollator(trunk),
-        optimizers=(optimizer, None),
-        callbacks=list(callbacks),
-        jobs=jobs,
-        trunk=trunk,
-        patience=settings.patience,
-        progress=progress,
-    )
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.0)

@@ -152,8 +152,14 @@ PEFT = "from peft import PeftModel; from transformers import AutoModelForCausalL
 
 @pytest.mark.parametrize(
     ("imports", "loads"),
-    [(PEFT, False), (f"import prefmoe; {PEFT}", True), (f"{PEFT}; import prefmoe", True)],
-    ids=["never", "before peft", "after peft"],
+    [
+        (PEFT, False),
+        (f"import prefmoe; {PEFT}", True),
+        (f"{PEFT}; import prefmoe", True),
+        # TRL asks so, before it imports it.
+        (f"import prefmoe; from importlib.util import find_spec; find_spec('peft'); {PEFT}", True),
+    ],
+    ids=["never", "before peft", "after peft", "before somebody looks whether there is a peft"],
 )
 def test_an_adapter_loads_where_prefmoe_is_imported_before_or_after_peft(imports, loads, tmp_path):
     tiny_lm().save_pretrained(tmp_path / "base")
