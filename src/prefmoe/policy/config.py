@@ -146,10 +146,11 @@ class PMoLConfig(PeftConfig):
 
 
 def _wrong_groups(config: PMoLConfig) -> list[str]:
+    advice = "give the number of experts by preference, such as {'helpful': 2, 'harmless': 2}"
+    if not isinstance(config.groups, dict):
+        return [f"PMoLConfig: groups={config.groups!r} says not how many experts each has; {advice}"]
     if not config.groups:
-        return [
-            "PMoLConfig: no groups; give the number of experts by preference, such as {'helpful': 2, 'harmless': 2}"
-        ]
+        return [f"PMoLConfig: no groups; {advice}"]
     problems = [
         f"PMoLConfig: group {name!r} has {size!r} experts; every group needs 1 or more"
         for name, size in config.groups.items()

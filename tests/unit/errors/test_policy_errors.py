@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
     [
         ({"groups": {"a": 0, "b": 1}}, r"group 'a' has 0 experts; every group needs 1 or more"),
         ({"groups": {"a": 1.5}}, r"group 'a' has 1.5 experts"),
+        ({"groups": ["a", "b"]}, r"groups=\['a', 'b'\] says not how many experts each has; give the number"),
         ({"groups": {}}, r"no groups; give the number of experts by preference, such as \{'helpful': 2"),
         (
             {"groups": {"a": 1, "empty": 1}},
