@@ -12,6 +12,7 @@ rules chose by. Prints a table of accuracies, means of tasks and runs, and what 
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from harness.timing import machine, write_result
@@ -22,7 +23,7 @@ from prefmoe.cli.progress import StepProgress
 from prefmoe.data.world import World
 from prefmoe.evaluation.accuracy import macro_interval, paired_bootstrap
 from prefmoe.nn import AggregatorKind
-from prefmoe.reward.aggregator_choice import Candidates, best_aggregator
+from prefmoe.reward.aggregator_choice import Candidates, best_aggregators
 from prefmoe.reward.aggregators import ExpertFeatures, Units
 from prefmoe.reward.assemble import aggregator_candidates, expert_features, expert_states, rows_by_task
 from prefmoe.reward.demo import FULL, SHORT, WORLD, world_pairs
@@ -32,39 +33,43 @@ from prefmoe.reward.settings import load_settings
 from prefmoe.reward.train import train_phases, validation_features
 from prefmoe.reward.workbench import Workbench, build_workbench
 
-Rule = Callable[[Candidates], AggregatorKind]
+Kinds = dict[str, AggregatorKind]
+Rule = Callable[[Mapping[str, Candidates]], Kinds]
 Hits = dict[str, dict[str, list[float]]]  # by rule and by task of a run
 
 
-def gaining(standard_errors: float, *, without: Sequence[AggregatorKind] = ()) -> Rule:
-    """The rule of phase 3, on some kinds only."""
+def gaining(standard_errors: float, *, alone: bool = False, without: Sequence[AggregatorKind] = ()) -> Rule:
+    """The rule of phase 3, on some kinds only; or on each task `alone`, as if there were no other."""
 
-    def rule(candidates: Candidates) -> AggregatorKind:
-        modules = {kind: module for kind, module in candidates.modules.items() if kind not in without}
-        part = Candidates(modules, candidates.hits, candidates.prompts, candidates.validation)
-        return best_aggregator(part, standard_errors=standard_errors)
+    def rule(candidates: Mapping[str, Candidates]) -> Kinds:
+        part = {
+            task: replace(found, modules={k: m for k, m in found.modules.items() if k not in without})
+            for task, found in candidates.items()
+        }
+        groups = [{task: found} for task, found in part.items()] if alone else [part]
+        best: Kinds = {}
+        for group in groups:
+            best |= best_aggregators(group, standard_errors=standard_errors)
+        return best
 
     return rule
 
 
 def always(kind: AggregatorKind) -> Rule:
-    return lambda candidates: kind if kind in candidates.modules else "task_head"
-
-
-def most_hits(candidates: Candidates) -> AggregatorKind:
-    hits = candidates.hits
-    return max(hits, key=lambda kind: hits[kind].mean().item(), default="task_head")
+    return lambda candidates: {
+        task: kind if kind in found.modules else "task_head" for task, found in candidates.items()
+    }
 
 
 RULES: dict[str, Rule] = {
     "the task head": always("task_head"),
-    "a gain of 1 standard error": gaining(1),
-    "a gain of 2 standard errors": gaining(2),
-    "a gain of 3 standard errors": gaining(3),
-    "1 standard error, no mlp": gaining(1, without=["mlp"]),
-    "2 standard errors, no mlp": gaining(2, without=["mlp"]),
-    "2 standard errors, linear_scores only": gaining(2, without=["mlp", "linear_states"]),
-    "most hits": most_hits,
+    "1 standard error on all tasks": gaining(1),
+    "2 standard errors on all tasks": gaining(2),
+    "2 standard errors on all tasks, no mlp": gaining(2, without=["mlp"]),
+    "1 standard error on the task alone": gaining(1, alone=True),
+    "2 standard errors on the task alone": gaining(2, alone=True),
+    "1 standard error on the task alone, no mlp": gaining(1, alone=True, without=["mlp"]),
+    "any gain on the task alone": gaining(0, alone=True),
     "always linear_scores": always("linear_scores"),
     "always linear_states": always("linear_states"),
     "always mlp": always("mlp"),
@@ -85,12 +90,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     kept: dict[str, dict[str, AggregatorKind]] = {name: {} for name in RULES}
     for folder in arguments.runs:
         candidates, judged = judge(bench_of(folder, short=arguments.short), split=arguments.split)
-        for task, found in candidates.items():
-            key = f"{folder.name}/{task}"
-            prompts[key] = [str(row.prompt) for row in judged[task].rows]
-            for name, rule in RULES.items():
-                kind = kept[name][key] = rule(found)
-                hits[name][key] = judged[task].hits(found.modules[kind]).tolist()
+        for name, rule in RULES.items():
+            for task, kind in rule(candidates).items():
+                key = f"{folder.name}/{task}"
+                prompts[key] = [str(row.prompt) for row in judged[task].rows]
+                kept[name][key] = kind
+                hits[name][key] = judged[task].hits(candidates[task].modules[kind]).tolist()
     result = report(arguments, hits, prompts, kept)
     show(result)
     write_result(result, arguments.out)

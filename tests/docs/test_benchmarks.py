@@ -88,7 +88,7 @@ def test_aggregator_rules_judge_the_aggregators_of_the_run_itself(tmp_path):
     models = train_models(bench)
     candidates, judged = aggregator_rules.judge(bench, split="test")
     rule = aggregator_rules.gaining(bench.settings.phase3.standard_errors)
-    kept = [rule(found) for found in candidates.values()]
+    kept = list(rule(candidates).values())
     assert kept == models["dmoerm"].config.aggregators
     for method, kinds in {"dmoerm": kept, "per_task": ["task_head"] * len(kept)}.items():
         scores = score_pairs(models[method], bench.trunk, bench.test)
@@ -96,15 +96,33 @@ def test_aggregator_rules_judge_the_aggregators_of_the_run_itself(tmp_path):
             found = judged[task].margins(candidates[task].modules[kind])
             assert ((found > 0) == (torch.tensor(margins) > 0)).all()
     for rule in aggregator_rules.RULES.values():
-        assert all(rule(found) in found.modules for found in candidates.values())
+        assert all(kind in candidates[task].modules for task, kind in rule(candidates).items())
 
 
 def test_a_rule_may_leave_kinds_out():
     hits = {"task_head": torch.zeros(50), "mlp": torch.ones(50), "linear_scores": torch.ones(50) * 0.9}
     modules = {kind: torch.nn.Identity() for kind in hits}
-    found = aggregator_rules.Candidates(modules, hits, list(range(50)), dict.fromkeys(hits, 0.5))
-    assert aggregator_rules.gaining(2)(found) == "mlp"
-    assert aggregator_rules.gaining(2, without=["mlp"])(found) == "linear_scores"
+    validation = dict.fromkeys(hits, torch.ones(1))
+    found = {"all": aggregator_rules.Candidates(modules, hits, list(range(50)), validation)}
+    assert aggregator_rules.gaining(2)(found) == {"all": "mlp"}
+    assert aggregator_rules.gaining(2, without=["mlp"])(found) == {"all": "linear_scores"}
+
+
+def test_a_task_alone_is_judged_as_if_there_were_no_other():
+    """A gain of 0.2 on one task, and a loss of 0.4 on the other."""
+    hits = {
+        sign: {"task_head": torch.full((50,), 0.5), "mlp": torch.full((50,), 0.5 + sign)}
+        for sign in (0.2, -0.4)
+    }
+    modules = {kind: torch.nn.Identity() for kind in hits[0.2]}
+    found = {
+        str(sign): aggregator_rules.Candidates(
+            modules, rows, list(range(50)), dict.fromkeys(rows, torch.ones(1))
+        )
+        for sign, rows in hits.items()
+    }
+    assert aggregator_rules.gaining(1)(found) == {"0.2": "task_head", "-0.4": "task_head"}
+    assert aggregator_rules.gaining(1, alone=True)(found) == {"0.2": "mlp", "-0.4": "task_head"}
 
 
 def test_labels_that_decide_are_found_by_the_aggregator():

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prefmoe.nn import AggregatorKind, TaskRouter
-from prefmoe.reward.aggregator_choice import Candidates, best_aggregator, fit_candidates
+from prefmoe.reward.aggregator_choice import Candidates, best_aggregators, fit_candidates
 from prefmoe.reward.aggregators import ExpertFeatures, join_features, standardized
 from prefmoe.reward.config import DMoERMConfig
 from prefmoe.reward.experts import Experts, ExpertState
@@ -165,13 +165,19 @@ def choose_aggregators(bench: Workbench, candidates: Mapping[str, Candidates]) -
     What speaks for a kind are its cross-validated hits on the pairs kept back and its hits on the validation pairs.
     """
     chosen: dict[str, TaskAggregator] = {}
+    best = best_aggregators(candidates, standard_errors=bench.settings.phase3.standard_errors)
     for task, fitted in candidates.items():
-        kind = best_aggregator(fitted, standard_errors=bench.settings.phase3.standard_errors)
+        kind = best[task]
         chosen[task] = TaskAggregator(kind, fitted.modules[kind])
-        accuracy = {f"accuracy/{name}": value for name, value in fitted.validation.items()}
-        evidence = {f"evidence/{name}": hits.mean().item() for name, hits in fitted.hits.items()}
+        accuracy = {f"accuracy/{name}": _share(hits) for name, hits in fitted.validation.items()}
+        evidence = {f"evidence/{name}": _share(hits) for name, hits in fitted.hits.items()}
         bench.run.log("phase3", {"task": task, "kept": kind, **accuracy, **evidence})
     return chosen
+
+
+def _share(hits: Tensor) -> float:
+    """Mean of hits; 0.5 without any."""
+    return hits.mean().item() if len(hits) else 0.5
 
 
 def assemble_model(

@@ -151,12 +151,12 @@ class Phase3Settings(Section):
     )
     kinds: list[AggregatorKind] = Field(
         ["task_head", "linear_scores", "linear_states", "mlp"],
-        description="candidates; each task keeps the best on pairs it was not fitted on; task_head is always one",
+        description="candidates, judged on pairs they were not fitted on; task_head is always one",
     )
     standard_errors: float = Field(
         2.0,
         ge=0,
-        description="how many of them a kind has to gain over the task head to be kept in its place",
+        description="how many of them a kind has to gain over the task heads, on all tasks together",
     )
     mlp_epochs: int = Field(30, ge=1, description="passes over the features; the best one is kept")
     mlp_learning_rate: float = Field(1e-4, gt=0, description="of AdamW")
