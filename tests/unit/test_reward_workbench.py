@@ -15,10 +15,10 @@ from prefmoe.reward.splits import (
     RewardTrainingWarning,
     draw_per_task,
     find_capabilities,
+    further_pairs,
     label_capabilities,
     read_splits,
     with_task,
-    without_pairs_of,
 )
 from prefmoe.reward.workbench import Workbench, build_workbench
 from tiny import tiny_backbone
@@ -68,9 +68,19 @@ def test_further_pairs_may_be_the_training_file_itself(tmp_path: Path) -> None:
     found = read_splits(data)
     assert [pair.prompt for pair in found["capability_train"]] == [pair.prompt for pair in found["train"]]
     drawn = draw_per_task(found["train"], 5, seed=0)
-    left = without_pairs_of(found["capability_train"], [drawn[0].swap(), *drawn[1:]])
+    left = further_pairs(found["capability_train"], [drawn[0].swap(), *drawn[1:]])
     assert len(left) == len(found["train"]) - 10
     assert not {pair.prompt for pair in left} & {pair.prompt for pair in drawn}
+
+
+def test_further_pairs_that_cannot_help_are_told(tmp_path: Path) -> None:
+    train = planted_pairs(4, split="train")
+    with pytest.warns(RewardTrainingWarning, match="adds no pair: all are training pairs"):
+        assert further_pairs(train, train) == []
+    strange = [replace(pair, task="tepid") for pair in planted_pairs(2, split="more")]
+    more = planted_pairs(3, split="other")
+    with pytest.warns(RewardTrainingWarning, match="no training pair has the task 'tepid'"):
+        assert further_pairs([*strange, *more], train) == more
 
 
 def test_an_empty_training_file(tmp_path: Path) -> None:

@@ -58,10 +58,32 @@ def read_splits(data: DataSettings, seed: int = 0) -> dict[str, list[PreferenceP
     return splits
 
 
-def without_pairs_of(pairs: list[PreferencePair], known: list[PreferencePair]) -> list[PreferencePair]:
-    """Pairs that are not among the known ones, whichever side is preferred."""
-    seen = {(pair.prompt, frozenset([pair.chosen, pair.rejected])) for pair in known}
-    return [pair for pair in pairs if (pair.prompt, frozenset([pair.chosen, pair.rejected])) not in seen]
+def further_pairs(pairs: list[PreferencePair], train: list[PreferencePair]) -> list[PreferencePair]:
+    """Pairs of the tasks that are trained, without the training pairs themselves, whichever side is preferred.
+
+    Warns of tasks that nobody trains, and where no pair is left.
+    """
+    tasks = {pair.task for pair in train}
+    if unknown := sorted({str(pair.task) for pair in pairs} - set(map(str, tasks))):
+        warnings.warn(
+            f"capability_train: no training pair has the task {', '.join(map(repr, unknown))}; its pairs are left out",
+            RewardTrainingWarning,
+            stacklevel=2,
+        )
+    seen = {_without_order(pair) for pair in train}
+    further = [pair for pair in pairs if pair.task in tasks and _without_order(pair) not in seen]
+    if not further:
+        warnings.warn(
+            "capability_train adds no pair: all are training pairs, or on prompts of validation or test; give another "
+            "file, or train on fewer with data.max_pairs_per_task",
+            RewardTrainingWarning,
+            stacklevel=2,
+        )
+    return further
+
+
+def _without_order(pair: PreferencePair) -> tuple[object, ...]:
+    return pair.prompt, frozenset([pair.chosen, pair.rejected])
 
 
 def draw_per_task(pairs: list[PreferencePair], limit: int | None, seed: int) -> list[PreferencePair]:

@@ -17,11 +17,11 @@ from prefmoe.reward.splits import (
     check_weights,
     draw_per_task,
     find_capabilities,
+    further_pairs,
     label_splits,
     read_splits,
     warn_of_small_tasks,
     with_task,
-    without_pairs_of,
 )
 from prefmoe.reward.texts import EncodedPairs, TextTable, encode_pairs, prompt_of
 from prefmoe.reward.trunk import Trunk
@@ -162,7 +162,7 @@ def _labelled_splits(
     check_weights(splits["train"])
     splits["validation"] = draw_per_task(splits["validation"], data.max_validation_pairs_per_task, seed)
     if "capability_train" in splits:
-        more = without_pairs_of(splits["capability_train"], splits["train"])
+        more = further_pairs(splits["capability_train"], splits["train"])
         splits["capability_train"] = draw_per_task(more, data.max_capability_pairs_per_task, seed)
     splits = label_splits(splits, settings, progress=progress)
     capabilities = find_capabilities([*splits["train"], *splits.get("capability_train", [])], data)
