@@ -7,6 +7,7 @@ import capability_gain
 import cost_growth
 import dpo_step
 import judge_labels
+import label_throughput
 import pytest
 import router_settings
 import scoring_speed
@@ -182,6 +183,21 @@ def test_judge_labels_refuses_what_does_not_fit(options, sentence, capsys):
     with pytest.raises(SystemExit):
         judge_labels.main(options)
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.allow_hosts(["127.0.0.1"])
+def test_label_throughput_counts_calls_and_keeps_to_the_ideal(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    out = tmp_path / "throughput.json"
+    label_throughput.main(["--smoke", "--latency", "0.02", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["calls"] == 40 - 2 - 1  # the first pair warms up, the clock starts with an answer
+    assert found["ideal"] == 8 / 0.02
+    share = found["share_of_ideal"]
+    assert share["value"] == pytest.approx(found["calls_per_second"] / found["ideal"], abs=1e-3)
+    assert found["seconds"] >= 0.02 * (37 // 8)  # never more than eight at a time
+    assert found["cpu_ms_per_call"] > found["server_cpu_ms_per_call"] > 0
+    assert (share["target"], found["machine"]["device"] != "") == (0.8, True)
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
