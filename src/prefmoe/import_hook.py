@@ -33,7 +33,6 @@ class _Waiting(MetaPathFinder):
         """Python's own answer, with one more thing to do behind the import."""
         if fullname != self.awaited:
             return None
-        sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return spec
@@ -41,6 +40,7 @@ class _Waiting(MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
+            sys.meta_path.remove(self)  # not before: `importlib.util.find_spec` asks too, and imports nothing
             import_module(self.ours)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
