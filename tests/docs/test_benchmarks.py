@@ -3,6 +3,7 @@
 import json
 import random
 
+import adapter_speed
 import capability_gain
 import cost_growth
 import dpo_step
@@ -198,6 +199,27 @@ def test_label_throughput_counts_calls_and_keeps_to_the_ideal(tmp_path, monkeypa
     assert found["seconds"] >= 0.02 * (37 // 8)  # never more than eight at a time
     assert found["cpu_ms_per_call"] > found["server_cpu_ms_per_call"] > 0
     assert (share["target"], found["machine"]["device"] != "") == (0.8, True)
+
+
+def test_adapter_speed(tmp_path):
+    out = tmp_path / "adapters.json"
+    adapter_speed.main(["--smoke", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["trainable"]["pmol"] == found["trainable"]["loop"] > found["trainable"]["lora"]  # routers
+    for name, target in adapter_speed.TARGETS.items():
+        assert found[name]["target"] == target
+        assert found[name]["reached"] == (found[name]["value"] <= target)
+        assert found[name]["value"] > 0
+    assert found["saved_loop_over_lora"] > found["saved_pmol_over_lora"]["value"]
+
+
+def test_the_group_loss_counts_in_the_memory_of_a_step():
+    model = adapter_speed.build("pmol", "tiny", torch.float32, "cpu").train()
+    ids = torch.randint(3, 300, (3, 16), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with_loss = adapter_speed.saved_bytes(model, batch)
+    model.peft_config["default"].group_loss = "none"
+    assert adapter_speed.saved_bytes(model, batch) < with_loss
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
