@@ -645,12 +645,15 @@ def test_training_labels_what_is_missing_first_and_pays_once(backbone_folder, tm
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(tasks), encoding="utf-8")
     content["data"]["tasks_file"] = str(tmp_path / "tasks.yaml")
     with JudgeServer() as server:
-        content["data"]["labels"] = {"judge": "m", "base_url": server.url}
+        prices = {"input_price": 1, "output_price": 10}
+        content["data"]["labels"] = {"judge": "m", "base_url": server.url, **prices}
         config.write_text(yaml.safe_dump(content), encoding="utf-8")
         done = run_cli("reward", "train", config)
         assert done.exit_code == 0, done.output
         # 16 training and 8 validation pairs, both orders; warmth is labelled in the rows.
         assert len(server.requests) == 2 * (16 + 8)
+        assert "labels by m: 48 of 48 calls in" in done.stderr
+        assert "$0.0053 so far" in done.stderr  # 100 tokens read and one written, each time
         assert run_cli("reward", "train", config).exit_code == 0
         assert len(server.requests) == 2 * (16 + 8)
     saved = json.loads((tmp_path / "run" / "dmoerm" / "config.json").read_text(encoding="utf-8"))
