@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from prefmoe.backbone.layers import load_backbone
 from prefmoe.data.render import Encoded
@@ -32,18 +32,22 @@ def backbone_of(arguments: argparse.Namespace, device: torch.device) -> PreTrain
     num_layers = arguments.num_layers or None
     if not arguments.smoke:
         return load_backbone(arguments.model, num_layers=num_layers, dtype=dtype).to(device)
-    config = AutoConfig.for_model(
+    torch.manual_seed(0)
+    config = tiny_config(num_layers or 4)
+    return AutoModel.from_config(config, dtype=dtype).requires_grad_(False).eval().to(device)
+
+
+def tiny_config(num_layers: int) -> PreTrainedConfig:
+    return AutoConfig.for_model(
         "llama",
         vocab_size=300,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=num_layers or 4,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         pad_token_id=0,
     )
-    torch.manual_seed(0)
-    return AutoModel.from_config(config, dtype=dtype).requires_grad_(False).eval().to(device)
 
 
 def random_reward_model(

@@ -68,6 +68,11 @@ def against(value: float, target: float) -> dict[str, object]:
     return {"value": round(value, 3), "target": target, "reached": value >= target}
 
 
+def at_most(value: float, target: float) -> dict[str, object]:
+    """A number beside the target it should not exceed."""
+    return {"value": round(value, 3), "target": target, "reached": value <= target}
+
+
 def write_result(result: dict[str, object], out: Path | None) -> None:
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

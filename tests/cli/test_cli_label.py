@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import LlamaForCausalLM
 
@@ -427,18 +428,24 @@ def test_rules_need_no_judge(desk):
     assert {row["labeled_by"]["brevity"] for row in desk.rows()} == {"rules"}
 
 
-def test_a_local_judge_uses_the_same_store_and_report(desk, tmp_path):
+def save_local_judge(folder, seed=0):
     config = tiny_backbone().config
     config.max_position_embeddings = 2048
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    byte_tokenizer(CHATML).save_pretrained(tmp_path / "model")
-    local = ("--judge", f"local:{tmp_path / 'model'}")
+    torch.manual_seed(seed)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer(CHATML).save_pretrained(folder)
+    return "--judge", f"local:{folder}"
+
+
+def test_a_local_judge_uses_the_same_store_and_report(desk, tmp_path):
+    local = save_local_judge(tmp_path / "model")
     assert desk.label("--max-calls", "7", judge=local).exit_code == 0
     done = desk.label("--calibrate", "--confidence", judge=local)
     assert "17 of 17 calls" in done.stderr
     assert all(0 <= p <= 1 for row in desk.rows() for p in row["capability_probabilities"].values())
     report = json.loads(run_cli("label", "report", desk.out, "--json").stdout)
-    points = report["judges"][local[1]]
+    ((judge, points),) = report["judges"].items()
+    assert re.fullmatch(re.escape(local[1]) + "@[0-9a-f]{8}", judge)
     assert [point["pairs"] for point in points] == [6, 6]
     soft = [row["capability_probabilities"] for row in desk.rows()]
     for name, point in zip(("wit", "brevity"), points, strict=True):
@@ -446,6 +453,19 @@ def test_a_local_judge_uses_the_same_store_and_report(desk, tmp_path):
         assert point["soft_chosen"]["value"] == pytest.approx(sided / 6)
         assert point["is_weak"] == (point["agreement"]["value"] < 0.6)
     assert re.search(r"labels\W+soft\b", run_cli("label", "report", desk.out).stderr)
+
+
+def test_another_model_in_the_folder_of_a_local_judge_is_asked_anew(desk, tmp_path):
+    local = save_local_judge(tmp_path / "model")
+    assert "24 of 24 calls" in desk.label(judge=local).stderr
+    (tmp_path / "model" / "notes.txt").write_text("no part of the model")
+    save_local_judge(tmp_path / "model")
+    assert "calls in" not in desk.label(judge=local).stderr
+    save_local_judge(tmp_path / "model", seed=1)
+    assert desk.label("--dry-run", judge=local).stdout.startswith("calls: 24 (0 more")
+    assert "24 of 24 calls" in desk.label(judge=local).stderr
+    report = json.loads(run_cli("label", "report", desk.out, "--json").stdout)
+    assert len(report["judges"]) == 2  # both models, told apart
 
 
 def test_a_report_compares_judges_and_rows(desk):
@@ -625,12 +645,15 @@ def test_training_labels_what_is_missing_first_and_pays_once(backbone_folder, tm
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(tasks), encoding="utf-8")
     content["data"]["tasks_file"] = str(tmp_path / "tasks.yaml")
     with JudgeServer() as server:
-        content["data"]["labels"] = {"judge": "m", "base_url": server.url}
+        prices = {"input_price": 1, "output_price": 10}
+        content["data"]["labels"] = {"judge": "m", "base_url": server.url, **prices}
         config.write_text(yaml.safe_dump(content), encoding="utf-8")
         done = run_cli("reward", "train", config)
         assert done.exit_code == 0, done.output
         # 16 training and 8 validation pairs, both orders; warmth is labelled in the rows.
         assert len(server.requests) == 2 * (16 + 8)
+        assert "labels by m: 48 of 48 calls in" in done.stderr
+        assert "$0.0053 so far" in done.stderr  # 100 tokens read and one written, each time
         assert run_cli("reward", "train", config).exit_code == 0
         assert len(server.requests) == 2 * (16 + 8)
     saved = json.loads((tmp_path / "run" / "dmoerm" / "config.json").read_text(encoding="utf-8"))

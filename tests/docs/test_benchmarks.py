@@ -1,11 +1,15 @@
 """The speed benchmarks run, agree with their peers before they time anything, and write what they say they write."""
 
 import json
+import random
 
+import adapter_speed
 import aggregator_rules
 import capability_gain
 import cost_growth
 import dpo_step
+import judge_labels
+import label_throughput
 import pytest
 import router_settings
 import scoring_speed
@@ -13,9 +17,13 @@ import time_shares
 import torch
 import training_speed
 import yaml
+from judge_labels import KINDS
 
+from cli_helpers import pair_rows, write_config
 from data_helpers import CHATML, byte_tokenizer, write_rows
 from prefmoe.reward.evaluate import margins_by_task, score_pairs
+from prefmoe.reward.settings import load_settings
+from prefmoe.reward.splits import read_splits
 from prefmoe.reward.train import train_models
 from tiny import tiny_backbone, tiny_language_model
 from tiny_run import tiny_bench, tiny_settings
@@ -139,6 +147,128 @@ def test_labels_that_decide_are_found_by_the_aggregator():
     # A hit is a margin for the side written first, which half of these labels call the worse one.
     assert hits["labels"].tolist() == chosen.tolist()
     assert hits["head"].tolist() != chosen.tolist()
+
+
+def long_rows(split, num):
+    """Rows whose chosen side every rule for shortness finds worse."""
+    return [{**row, "chosen": f"yes {row['chosen']} so it is"} for row in pair_rows(split, num=num)]
+
+
+@pytest.fixture
+def small_config(tmp_path):
+    """A config of a quick training whose rules tell all sides apart, and whose rows bring labels along."""
+    tiny_backbone().save_pretrained(tmp_path / "backbone")
+    byte_tokenizer(CHATML).save_pretrained(tmp_path / "backbone")
+    tasks = {
+        "tasks": {
+            task: {
+                "description": "Talk.",
+                "capabilities": {"short": {"sentence": "It is short.", "rule": "concise"}},
+            }
+            for task in ("advice", "facts")
+        }
+    }
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(tasks), encoding="utf-8")
+    config = write_config(tmp_path, tmp_path / "backbone")
+    for split, num in {"train": 8, "validation": 4, "test": 4}.items():
+        write_rows(tmp_path / f"{split}.jsonl", long_rows(split, num))
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    content["data"] |= {"labels": "rules", "tasks_file": str(tmp_path / "tasks.yaml")}
+    config.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return config
+
+
+def test_judge_labels_differ_in_the_training_labels_only(small_config, tmp_path):
+    rows = long_rows("train", 8)
+    kinds = [{"short": 1}, {"short": 1}, {}, {}]
+    judged = [
+        {**row, "capabilities": labels, "labeled_by": dict.fromkeys(labels, "m")}
+        for row, labels in zip(rows, kinds * 4, strict=True)
+    ]
+    labelled, out = write_rows(tmp_path / "labelled.jsonl", judged), tmp_path / "result.json"
+    options = [str(labelled), "--config", str(small_config), "--folder", str(tmp_path / "kinds")]
+    judge_labels.main([*options, "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert (found["judge"], found["simulated"], found["pairs"]) == (["m"], False, 16)
+    assert found["labels"] == {"rules": 16, "judge": 8, "both": 16}
+    assert set(found["accuracy"]) == set(judge_labels.KINDS)
+    for accuracy in found["accuracy"].values():
+        assert set(accuracy) == {"per_task", "dmoerm"}
+    splits = {kind: read_splits(load_settings(tmp_path / "kinds" / f"{kind}.yaml").data) for kind in KINDS}
+    assert not any(pair.capabilities for of_kind in splits.values() for pair in of_kind["validation"])
+    train = {kind: [pair.capabilities for pair in of_kind["train"]] for kind, of_kind in splits.items()}
+    assert train["judge"] == [row["capabilities"] for row in judged]
+    assert train["rules"] == [{"short": -1}] * 16
+    assert train["both"] == [labels or {"short": -1} for labels in train["judge"]]
+
+
+def test_a_simulated_judge_errs_as_arithmetic_says(small_config, tmp_path):
+    options = ["--simulate", "0.8", "--config", str(small_config), "--folder", str(tmp_path / "kinds")]
+    found = judge_labels.main([*options, "--dry-run"])
+    assert found["simulated"]
+    assert "no language model was asked" in found["judge"]
+    assert (found["simulated_accuracy"], found["simulated_position_bias"]) == (0.8, 0.15)
+    rng, number = random.Random(0), 20_000
+    verdicts = [judge_labels.verdict(side, 0.8, rng) for side in (1, -1) for _ in range(number // 2)]
+    right, wrong = 0.8**2 - 0.15**2, 0.2**2 - 0.15**2  # prefmoe.labeling.judge.verdicts
+    kept = [
+        (side, v.label) for side, v in zip([1] * 10_000 + [-1] * 10_000, verdicts, strict=True) if v.label
+    ]
+    assert len(kept) / number == pytest.approx(right + wrong, abs=0.015)  # four standard errors
+    assert sum(a == b for a, b in kept) / len(kept) == pytest.approx(right / (right + wrong), abs=0.007)
+    first = [v.given.choice == "1" for v in verdicts] + [v.swapped.choice == "1" for v in verdicts]
+    assert sum(first) / len(first) == pytest.approx(0.65, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "give either a labelled file or --simulate"),
+        (["x.jsonl", "--simulate", "0.8"], "give either a labelled file or --simulate"),
+        (["--simulate", "0.9"], "choose from 0.15 to 0.85"),
+        (["--simulate", "0.8", "--soft-labels"], "gives no probabilities"),
+    ],
+)
+def test_judge_labels_refuses_what_does_not_fit(options, sentence, capsys):
+    with pytest.raises(SystemExit):
+        judge_labels.main(options)
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.allow_hosts(["127.0.0.1"])
+def test_label_throughput_counts_calls_and_keeps_to_the_ideal(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    out = tmp_path / "throughput.json"
+    label_throughput.main(["--smoke", "--latency", "0.02", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["calls"] == 40 - 2 - 1  # the first pair warms up, the clock starts with an answer
+    assert found["ideal"] == 8 / 0.02
+    share = found["share_of_ideal"]
+    assert share["value"] == pytest.approx(found["calls_per_second"] / found["ideal"], abs=1e-3)
+    assert found["seconds"] >= 0.02 * (37 // 8)  # never more than eight at a time
+    assert found["cpu_ms_per_call"] > found["server_cpu_ms_per_call"] > 0
+    assert (share["target"], found["machine"]["device"] != "") == (0.8, True)
+
+
+def test_adapter_speed(tmp_path):
+    out = tmp_path / "adapters.json"
+    adapter_speed.main(["--smoke", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["trainable"]["pmol"] == found["trainable"]["loop"] > found["trainable"]["lora"]  # routers
+    for name, target in adapter_speed.TARGETS.items():
+        assert found[name]["target"] == target
+        assert found[name]["reached"] == (found[name]["value"] <= target)
+        assert found[name]["value"] > 0
+    assert found["saved_loop_over_lora"] > found["saved_pmol_over_lora"]["value"]
+
+
+def test_the_group_loss_counts_in_the_memory_of_a_step():
+    model = adapter_speed.build("pmol", "tiny", torch.float32, "cpu").train()
+    ids = torch.randint(3, 300, (3, 16), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with_loss = adapter_speed.saved_bytes(model, batch)
+    model.peft_config["default"].group_loss = "none"
+    assert adapter_speed.saved_bytes(model, batch) < with_loss
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file")

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from data_helpers import CHATML, byte_tokenizer
 from judge_helpers import interview, pair
 from prefmoe.errors import ConfigError
-from prefmoe.labeling.judge.local import LocalJudge
+from prefmoe.labeling.judge.local import LocalJudge, version_of
 from prefmoe.labeling.judge.wording import Wording
 from tiny import tiny_backbone
 
@@ -149,3 +149,14 @@ def test_a_name_that_leads_nowhere_and_a_body_without_a_head(tmp_path):
     byte_tokenizer(CHATML).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"lacks 1 tensors: \['lm_head.weight'\]; is it a language model"):
         LocalJudge.load(str(tmp_path))
+
+
+def test_the_version_of_a_model_from_a_hub_is_its_commit(tmp_path, monkeypatch):
+    commit = "0123456789abcdef" * 2
+    snapshot = tmp_path / "models--some--judge" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "models--some--judge" / "refs").mkdir()
+    (tmp_path / "models--some--judge" / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert version_of("some/judge") == "01234567"

@@ -1,5 +1,6 @@
 """`data.labels: {judge: ...}` in a training config: what is missing is labelled first."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from math import log
 
@@ -95,19 +96,15 @@ def test_a_budget_that_ends_too_early_stops_the_training(tmp_path):
 def test_progress_is_shown(tmp_path):
     seen = []
 
-    class Bar:
-        def __init__(self, label, total):
-            seen.append((label, total))
+    @contextmanager
+    def watcher(total):
+        yield lambda progress: seen.append((progress.calls, total, progress.usd))
 
-        def __enter__(self):
-            return seen.append
-
-        def __exit__(self, *_):
-            return None
-
+    prices = {"input_price": 1, "output_price": 10}
     with JudgeServer() as server:
-        label_splits(splits(), settings(tmp_path, server.url), progress=Bar)
-    assert seen == [("labels by m", 20), *[1] * 20]
+        label_splits(splits(), settings(tmp_path, server.url, **prices), watcher=watcher)
+    assert [(calls, total) for calls, total, _ in seen] == [(n, 20) for n in range(1, 21)]
+    assert seen[-1][2] == pytest.approx(20 * (100 * 1 + 1 * 10) / 1e6)  # tokens as the server counts them
 
 
 def test_a_judge_needs_a_tasks_file(tmp_path):

@@ -49,6 +49,19 @@ def test_auto_classes_load_our_model_in_any_order_of_imports(folder, program):
     assert output_of(program, folder) == "DMoERMForSequenceClassification"
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import importlib.util, prefmoe; importlib.util.find_spec('peft')",
+        "from prefmoe.reward.score import RewardModel",
+    ],
+    ids=["asked for before", "behind a reward model"],
+)
+def test_peft_knows_our_adapters_even_if_somebody_asked_whether_it_is_there(first):
+    program = f"{first}\nfrom peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as known\n"
+    assert output_of(program + "print([key.value for key in known if key.value == 'PMOL'])") == "['PMOL']"
+
+
 def test_every_public_name_can_be_had_and_is_listed():
     for name in prefmoe.__all__:
         assert getattr(prefmoe, name).__name__ == name

@@ -39,12 +39,17 @@ def train(
 
     settings = load_settings(config, changes or (), out=out)
 
+    from prefmoe.cli.label_progress import CallProgress
     from prefmoe.evaluation.report import build_report
+    from prefmoe.labeling.judge.labeler import unseen
+    from prefmoe.labeling.judge.settings import JudgeSettings
     from prefmoe.reward.evaluate import evaluate_models
     from prefmoe.reward.train import train_models
     from prefmoe.reward.workbench import build_workbench
 
-    bench = build_workbench(settings, progress=StepProgress())
+    labels = settings.data.labels
+    watcher = CallProgress(f"labels by {labels.judge}") if isinstance(labels, JudgeSettings) else unseen
+    bench = build_workbench(settings, progress=StepProgress(), watcher=watcher)
     people = Console(stderr=True, quiet=not bench.run.is_main)
     _describe(bench, people)
     models = train_models(bench)

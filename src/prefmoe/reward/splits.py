@@ -3,8 +3,7 @@
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,12 +12,11 @@ from prefmoe.data.read import read_pairs
 from prefmoe.data.split import prompt_hash, split_by_prompt
 from prefmoe.errors import ConfigError, DataError, PrefmoeWarning
 from prefmoe.labeling import RuleLabeler, apply_labels, load_tasks
-from prefmoe.labeling.judge.labeler import JudgeLabeler, Report, require_everything
+from prefmoe.labeling.judge.labeler import JudgeLabeler, Watcher, require_everything, unseen
 from prefmoe.labeling.judge.settings import JudgeSettings
 from prefmoe.labeling.judge.store import AnswerStore
 from prefmoe.records import PreferencePair
 from prefmoe.reward.settings import DataSettings, RewardSettings
-from prefmoe.runs.progress import Progress, silent
 from prefmoe.runs.run import process_state
 
 ONE_TASK = "all"
@@ -132,7 +130,7 @@ def with_task(pairs: list[PreferencePair], split: str) -> list[PreferencePair]:
     return pairs
 
 
-def label_splits(splits: Splits, settings: RewardSettings, *, progress: Progress = silent) -> Splits:
+def label_splits(splits: Splits, settings: RewardSettings, *, watcher: Watcher = unseen) -> Splits:
     """Adds what rules or a judge say to the labels that the rows carry; a judge is not asked about test pairs.
 
     Soft labels stay only where the settings ask for them, so whoever comes later need not ask again.
@@ -148,7 +146,7 @@ def label_splits(splits: Splits, settings: RewardSettings, *, progress: Progress
     if not settings.data.soft_labels:
         splits = {name: [_without_soft_labels(pair) for pair in pairs] for name, pairs in splits.items()}
     if isinstance(settings.data.labels, JudgeSettings):
-        splits = _label_by_judge(splits, settings, settings.data.labels, progress)
+        splits = _label_by_judge(splits, settings, settings.data.labels, watcher)
     else:
         splits = {name: label_capabilities(pairs, settings.data) for name, pairs in splits.items()}
     if settings.data.soft_labels and not any(pair.capability_probabilities for pair in splits["train"]):
@@ -164,7 +162,7 @@ def _without_soft_labels(pair: PreferencePair) -> PreferencePair:
 
 
 def _label_by_judge(
-    splits: Splits, settings: RewardSettings, judge: JudgeSettings, progress: Progress
+    splits: Splits, settings: RewardSettings, judge: JudgeSettings, watcher: Watcher
 ) -> Splits:
     if settings.data.tasks_file is None:
         raise ConfigError(
@@ -173,14 +171,8 @@ def _label_by_judge(
     path = Path(settings.data.answers or Path(settings.out).parent / "answers.sqlite")
     asked_splits = [name for name in _ASKED_SPLITS if name in splits]
     asked = [pair for name in asked_splits for pair in splits[name]]
-
-    @contextmanager
-    def watch(total: int) -> Iterator[Report]:
-        with progress(f"labels by {judge.judge}", total) as advance:
-            yield lambda state: advance(1)
-
     with process_state().main_process_first(), AnswerStore(path) as answers:
-        labeler = JudgeLabeler(judge, load_tasks(settings.data.tasks_file), answers, watcher=watch)
+        labeler = JudgeLabeler(judge, load_tasks(settings.data.tasks_file), answers, watcher=watcher)
         labelled = iter(apply_labels(asked, [labeler]))
         require_everything(labeler)
         if settings.data.soft_labels:

@@ -10,6 +10,7 @@ from prefmoe.data.render import Renderer
 from prefmoe.data.split import prompt_hash
 from prefmoe.errors import ConfigError, DataError
 from prefmoe.hub import resolve_backbone
+from prefmoe.labeling.judge.labeler import Watcher, unseen
 from prefmoe.records import PreferencePair
 from prefmoe.reward.experts import Experts
 from prefmoe.reward.settings import BackboneSettings, RewardSettings
@@ -92,6 +93,7 @@ def build_workbench(
     pairs: dict[str, list[PreferencePair]] | None = None,
     backbone: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    watcher: Watcher = unseen,
 ) -> Workbench:
     """Reads, checks, labels, splits and tokenizes the data, loads the backbone and runs the trunk once.
 
@@ -101,11 +103,12 @@ def build_workbench(
         pairs: Use these splits instead of the files of `settings.data`.
         backbone: Use this instead of loading `settings.backbone.name`; already cut.
         tokenizer: The backbone's.
+        watcher: Shows how far a judge is with its labels, where the settings name one.
 
     Raises:
         ConfigError, DataError: something of it cannot be used.
     """
-    splits, undrawn, capabilities = _labelled_splits(settings, pairs, progress)
+    splits, undrawn, capabilities = _labelled_splits(settings, pairs, watcher)
     body = settings.backbone
     if backbone is None:
         backbone = _load_backbone(body)
@@ -147,7 +150,7 @@ def build_workbench(
 
 
 def _labelled_splits(
-    settings: RewardSettings, pairs: dict[str, list[PreferencePair]] | None, progress: Progress
+    settings: RewardSettings, pairs: dict[str, list[PreferencePair]] | None, watcher: Watcher
 ) -> tuple[dict[str, list[PreferencePair]], list[PreferencePair], dict[str, list[str]]]:
     """Splits as they are trained on, the training pairs before any were left out, capabilities of every task."""
     data, seed = settings.data, settings.seed
@@ -164,7 +167,7 @@ def _labelled_splits(
     if "capability_train" in splits:
         more = further_pairs(splits["capability_train"], splits["train"])
         splits["capability_train"] = draw_per_task(more, data.max_capability_pairs_per_task, seed)
-    splits = label_splits(splits, settings, progress=progress)
+    splits = label_splits(splits, settings, watcher=watcher)
     capabilities = find_capabilities([*splits["train"], *splits.get("capability_train", [])], data)
     warn_of_small_tasks(splits)
     if settings.phase3.general_expert and any(GENERAL in names for names in capabilities.values()):

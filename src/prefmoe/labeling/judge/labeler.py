@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from prefmoe.errors import PrefmoeError, PrefmoeWarning
@@ -70,6 +70,7 @@ class JudgeLabeler:
     """Labels of one judge, kept in a store.
 
     Attributes:
+        name: The judge's name; of a local one with a hash of its files, since a folder may hold another model tomorrow.
         out_of_budget: Whether the last `label` stopped at a limit; its labels are then incomplete.
     """
 
@@ -79,10 +80,12 @@ class JudgeLabeler:
     watcher: Watcher = unseen
     skip_labelled: bool = True
     out_of_budget: bool = False
+    name: str = field(init=False)
 
     def __post_init__(self) -> None:
         points = choose_points(self.tasks, self.settings.points)
         self.settings.wording.check(self.tasks.tasks)
+        self.name = _name_of(self.settings)
         self.interview = Interview(
             self.name,
             self.tasks.tasks,
@@ -91,11 +94,6 @@ class JudgeLabeler:
             self.settings.points_per_call,
             self.skip_labelled,
         )
-
-    @property
-    def name(self) -> str:
-        """The judge's name."""
-        return self.settings.judge
 
     @property
     def capabilities(self) -> tuple[str, ...]:
@@ -252,7 +250,7 @@ class JudgeLabeler:
             for call in calls:
                 count(call)
 
-        judge = LocalJudge.load(self.name.removeprefix(LOCAL))
+        judge = LocalJudge.load(self.settings.judge.removeprefix(LOCAL))
         limited = questions if left is None else _first(questions, left)
         judge.ask(limited, record)
         self.out_of_budget = left is not None and count.to_ask > left
@@ -277,6 +275,14 @@ def require_everything(labeler: JudgeLabeler) -> None:
             f"judge {labeler.name!r}: the budget is used up before every pair has its labels; raise max_calls or "
             "max_usd, the same command goes on"
         )
+
+
+def _name_of(settings: JudgeSettings) -> str:
+    if not settings.is_local:
+        return settings.judge
+    from prefmoe.labeling.judge.local import version_of
+
+    return f"{settings.judge}@{version_of(settings.judge.removeprefix(LOCAL))}"
 
 
 class _Counter:

@@ -4,24 +4,31 @@ All questions on the same two completions begin alike, up to the point asked abo
 every point's ending on top of its cached states.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from prefmoe.data.text import common_length
 from prefmoe.errors import ConfigError
 from prefmoe.hub import SMOLLM2, WITHOUT_A_HUB, resolve_backbone
 from prefmoe.labeling.judge.answers import Answer, unusable
-from prefmoe.labeling.judge.questions import Question
+from prefmoe.labeling.judge.questions import Question, digest
 from prefmoe.labeling.judge.store import Call
 from prefmoe.labeling.judge.wording import FIRST, SECOND, TIE
 
 _GROUPS_AT_ONCE = 64  # enough to sort by length, few enough that a stop costs little
+
+# The files of a folder that answers depend on; logs and data sets may lie beside them.
+_PARTS = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "chat_template*")
+_SHOWN_DIGITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +73,7 @@ class LocalJudge:
             )
             tokenizer = AutoTokenizer.from_pretrained(where)
         except (ImportError, OSError, ValueError) as problem:
-            hint = f"; {WITHOUT_A_HUB}" if name == SMOLLM2 else ""
-            raise ConfigError(
-                f"local judge {name!r} cannot be loaded{hint}: {str(problem).splitlines()[0]}"
-            ) from problem
+            raise _cannot_be_loaded(name, problem) from problem
         if loaded["missing_keys"]:  # transformers would go on with random ones
             missing = sorted(loaded["missing_keys"])
             raise ConfigError(
@@ -184,6 +188,32 @@ class LocalJudge:
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         device = self._model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def version_of(name: str) -> str:
+    """8 hex digits for what a judge's name leads to now: a hash of the folder's files, or the commit on the hub.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    try:
+        where = resolve_backbone(name)
+        if not Path(where).is_dir():
+            return Path(str(cached_file(where, "config.json"))).parent.name[:_SHOWN_DIGITS]
+        files = sorted({file for part in _PARTS for file in Path(where).glob(part)})
+        return digest(*(f"{file.name} {_hash_of_file(file)}" for file in files))[:_SHOWN_DIGITS]
+    except (ImportError, OSError, ValueError) as problem:
+        raise _cannot_be_loaded(name, problem) from problem
+
+
+def _hash_of_file(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _cannot_be_loaded(name: str, problem: Exception) -> ConfigError:
+    hint = f"; {WITHOUT_A_HUB}" if name == SMOLLM2 else ""
+    return ConfigError(f"local judge {name!r} cannot be loaded{hint}: {str(problem).splitlines()[0]}")
 
 
 def _shared_length(rows: Sequence[tuple[int, ...]]) -> int:
