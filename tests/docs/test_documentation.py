@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 import prefmoe
 from data_helpers import CHATML, byte_tokenizer
@@ -67,8 +68,11 @@ def demo_model(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # TRL's, about transformers
 def test_code_in_the_docs_runs(page, demo_model, monkeypatch, capsys):
     monkeypatch.chdir(demo_model)
+    # From a folder, so that what is saved with an adapter says where its model is.
+    tiny_language_model().save_pretrained("model")
+    model = AutoModelForCausalLM.from_pretrained("model")
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    names: dict[str, object] = {"model": tiny_language_model(), "tokenizer": byte_tokenizer(CHATML)}
+    names: dict[str, object] = {"model": model, "tokenizer": byte_tokenizer(CHATML)}
     for block in blocks:
         exec(compile(block, str(page), "exec"), names)
     assert capsys.readouterr().out.strip(), "the example shows nothing"
