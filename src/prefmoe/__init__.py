@@ -16,6 +16,7 @@ if typing.TYPE_CHECKING:
     from prefmoe.data.world import World
     from prefmoe.policy.config import PMoLConfig
     from prefmoe.policy.shared_prompts import share_prompts
+    from prefmoe.policy.steering import set_preference_weights
     from prefmoe.policy.trainers import PMoLDPOTrainer, connect_preferences
     from prefmoe.policy.tuner import PMoLModel
     from prefmoe.records import Completion, Message, PreferencePair, RewardReport
@@ -38,6 +39,7 @@ _HOMES = {
     "connect_preferences": "prefmoe.policy.trainers",
     "read_completions": "prefmoe.data.read",
     "read_pairs": "prefmoe.data.read",
+    "set_preference_weights": "prefmoe.policy.steering",
     "share_prompts": "prefmoe.policy.shared_prompts",
 }
 
@@ -56,6 +58,7 @@ __all__ = [
     "connect_preferences",
     "read_completions",
     "read_pairs",
+    "set_preference_weights",
     "share_prompts",
 ]
 

@@ -7,18 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from cli_helpers import run_cli
 from data_helpers import CHATML, byte_tokenizer, write_rows
+from prefmoe.data.render import Renderer
 from prefmoe.evaluation.metrics import read_metrics
 from prefmoe.policy.bench import build_bench
 from prefmoe.policy.evaluate import read_report
 from prefmoe.policy.logps import completion_logps
+from prefmoe.policy.sampling import sample_answers
 from prefmoe.policy.settings import load_policy_settings
+from prefmoe.records import Message
 from reference import merging as slow
 from tiny import tiny_language_model
+from tiny_policy import pmol_config, randomize
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -294,6 +300,63 @@ def test_generate_answers_arguments_and_lines_of_stdin(trained, monkeypatch):
     )
     assert two.stdout.splitlines()[0] == one.stdout.strip()
     assert len(two.stdout.splitlines()) == 2
+
+
+@pytest.fixture(scope="module")
+def twins(language_model_folder, tmp_path_factory) -> tuple[Path, Path]:
+    """Two adapters with random experts, which differ in the experts of `helpful` alone."""
+    root = tmp_path_factory.mktemp("twins")
+    config = pmol_config(groups={"helpful": 2, "harmless": 1})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(language_model_folder), config)
+    randomize(model)
+    model.save_pretrained(root / "one" / "pmol")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("pmol_bank.default.B"):
+                parameter[:2] += torch.randn(parameter[:2].shape, generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(root / "other" / "pmol")
+    return root / "one" / "pmol", root / "other" / "pmol"
+
+
+def test_generate_prefer_of_0_answers_as_if_the_group_were_not_there(twins, language_model_folder):
+    def answers(model, *prefer):
+        options = [part for entry in prefer for part in ("--prefer", entry)]
+        result = run_cli("policy", "generate", model, "Hi there", "Ho", "--max-new-tokens", 12, *options)
+        assert result.exit_code == 0, result.stderr
+        return [json.loads(line) for line in result.stdout.splitlines()]
+
+    one, other = twins
+    assert answers(one) != answers(other)
+    assert answers(one, "helpful=0") == answers(other, "helpful=0") != answers(one)
+    assert answers(one, "harmless=0") != answers(other, "harmless=0")
+    # With the empty expert alone it is the model itself.
+    tokenizer = byte_tokenizer(CHATML)
+    base = AutoModelForCausalLM.from_pretrained(language_model_folder)
+    prompts = [
+        Renderer(tokenizer, max_length=96).encode_prompt((Message("user", text),)).input_ids
+        for text in ("Hi there", "Ho")
+    ]
+    options = {"max_new_tokens": 12, "temperature": 0.0, "seed": 0, "batch_rows": 1}
+    expected = sample_answers(base, tokenizer, prompts, **options)
+    assert answers(one, "helpful=0", "harmless=0") == expected != answers(one)
+
+
+def test_eval_prefer_of_0_measures_as_if_the_group_were_not_there(twins, trained):
+    pairs = trained[0] / "train.jsonl"
+
+    def table(model, *prefer):
+        options = [part for entry in prefer for part in ("--prefer", entry)]
+        result = run_cli("policy", "eval", model, pairs, "--max-length", 96, *options)
+        assert result.exit_code == 0, result.stderr
+        return result.stderr.partition("Accuracy on test pairs")[2]  # progress comes before, with times
+
+    one, other = twins
+    assert table(one) != table(other)
+    assert table(one, "helpful=0") == table(other, "helpful=0") != table(one)
+    # With the empty expert alone every log-probability is the reference's: margins of 0 are ties.
+    ties = table(one, "helpful=0", "harmless=0")
+    assert ties.count("0.500 (0.50-0.50)") == 2
+    assert "0.500 (0.50-0.50)" not in table(one)
 
 
 def test_judge_compares_sampled_answers_by_a_reward_model(trained, saved_model, tmp_path):

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 import prefmoe
-from data_helpers import CHATML, byte_tokenizer
+from data_helpers import CHATML, byte_tokenizer, write_rows
+from prefmoe.data.check import check_files
 from prefmoe.labeling import load_tasks
 from prefmoe.policy.settings import load_policy_settings
 from prefmoe.reward.settings import RewardSettings, load_settings
@@ -58,6 +60,8 @@ def demo_model(tmp_path_factory):
     model = tiny_reward_model(response_marker=marker, chat_template=CHATML, max_tokens=512)
     model.save_pretrained(folder / "runs/demo/dmoerm", include_backbone=True)
     tokenizer.save_pretrained(folder / "runs/demo/dmoerm")
+    rows = [{"prompt": f"{i // 2}?", "chosen": "Yes.", "rejected": f"No {i}."} for i in range(40)]
+    write_rows(folder / "train.jsonl", rows)
     return folder
 
 
@@ -67,11 +71,27 @@ def demo_model(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # TRL's, about transformers
 def test_code_in_the_docs_runs(page, demo_model, monkeypatch, capsys):
     monkeypatch.chdir(demo_model)
+    # From a folder, so that what is saved with an adapter says where its model is.
+    tiny_language_model().save_pretrained("model")
+    model = AutoModelForCausalLM.from_pretrained("model")
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    names: dict[str, object] = {"model": tiny_language_model(), "tokenizer": byte_tokenizer(CHATML)}
+    names: dict[str, object] = {"model": model, "tokenizer": byte_tokenizer(CHATML)}
     for block in blocks:
         exec(compile(block, str(page), "exec"), names)
     assert capsys.readouterr().out.strip(), "the example shows nothing"
+
+
+def test_the_halves_of_a_file_share_no_prompt_and_no_row_is_lost(demo_model, monkeypatch):
+    monkeypatch.chdir(demo_model)
+    page = (ROOT / "docs" / "policy.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n([^`]*prompt_hash[^`]*)```", page)
+    exec(compile(block, "docs/policy.md", "exec"), {})
+    halves = ["runs/for_policies.jsonl", "runs/for_judge.jsonl"]
+    report = check_files({name: name for name in halves})
+    assert report.problems == []
+    assert min(report.num_pairs.values()) >= 10
+    whole = Path("train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sorted(line for name in halves for line in Path(name).read_text().splitlines()) == sorted(whole)
 
 
 def test_every_shipped_config_loads():
@@ -89,6 +109,17 @@ def test_the_config_for_a_gpu_takes_every_pair_and_the_whole_backbone():
     assert gpu.data.max_validation_pairs_per_task is None
     assert gpu.backbone.num_layers is None
     assert (gpu.data.train, gpu.data.test, gpu.methods) == (cpu.data.train, cpu.data.test, cpu.methods)
+
+
+def test_the_policy_config_for_a_gpu_is_that_for_a_cpu_with_every_pair():
+    cpu, gpu = (load_policy_settings(ROOT / "configs" / f"policy-{kind}.yaml") for kind in ("cpu", "gpu"))
+    assert gpu.data.max_pairs_per_preference is None
+    assert gpu.data.max_test_pairs_per_preference is None
+    assert set(gpu.methods) >= set(cpu.methods)
+    for name in ("train", "validation", "test", "preferences"):
+        assert getattr(gpu.data, name) == getattr(cpu.data, name)
+    for name in ("learning_rate", "lora_learning_rate", "beta"):
+        assert getattr(gpu.training, name) == getattr(cpu.training, name)
 
 
 def test_every_benchmark_has_a_line_with_its_command():

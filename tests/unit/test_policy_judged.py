@@ -70,6 +70,12 @@ def test_an_adapter_that_changes_nothing_ties_with_the_base(run):
     assert any(row.answers["pmol"] != row.answers["base"] for row in found.answers)
 
 
+def test_a_policy_is_steered_before_it_answers(run):
+    trained, turned_off = run("pmol"), run("pmol", prefer={"a": 0.0, "b": 0.0})
+    assert all(row.answers["pmol"] == row.answers["base"] for row in turned_off.answers)
+    assert any(row.answers["pmol"] != row.answers["base"] for row in trained.answers)
+
+
 def test_the_numbers_are_those_of_the_answers_beside_them(run):
     found = run("pmol")
     for name in ("a", "b"):

@@ -214,3 +214,9 @@ def test_a_saved_adapter_says_in_its_first_lines_how_to_load_it(tmp_path):
     assert body.lstrip().startswith("> **This is a PMoL adapter")
     assert card.count("import prefmoe  # registers the PEFT type") == 1
     assert "library_name: peft" in card
+
+
+@pytest.mark.parametrize(("given", "alpha"), [(None, 10), (3.0, 3.0)])
+def test_the_alpha_of_a_plain_lora_is_twice_its_rank_unless_it_is_given(given, alpha):
+    config = lora_config(AdapterSettings(), TrainingSettings(lora_alpha=given), rank=5)
+    assert config.lora_alpha == alpha

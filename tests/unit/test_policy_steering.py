@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
 
+from prefmoe import set_preference_weights
 from prefmoe.errors import ConfigError, ShapeError
-from tiny_policy import CONFIGS, tiny_policy, tokens
+from tiny_policy import CONFIGS, pmol_config, randomize, tiny_lm, tiny_policy, tokens
 
 every_config = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 IDS = tokens(3, 6)
@@ -120,3 +123,71 @@ def test_weights_of_another_number_of_texts():
         ShapeError, match=r"weights for 2 texts, but the batch has 3; give one set for all, or"
     ):
         logits(model)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A language model and an adapter of it, saved."""
+    root = tmp_path_factory.mktemp("saved")
+    tiny_lm().save_pretrained(root / "base")
+    tiny_policy(AutoModelForCausalLM.from_pretrained(root / "base")).save_pretrained(root / "adapter")
+    return root / "base", root / "adapter"
+
+
+def by_load_adapter(base, adapter):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.load_adapter(adapter)
+    return model
+
+
+LOADERS = {
+    "PeftModel": (lambda base, adapter: PeftModel.from_pretrained(tiny_lm(), adapter), True),
+    "AutoPeftModel": (lambda base, adapter: AutoPeftModelForCausalLM.from_pretrained(adapter), True),
+    "AutoModel of the adapter": (lambda base, adapter: AutoModelForCausalLM.from_pretrained(adapter), False),
+    "load_adapter": (by_load_adapter, False),
+}
+
+
+@pytest.mark.parametrize(("load", "has_method"), LOADERS.values(), ids=LOADERS)
+def test_steering_works_however_the_adapter_was_loaded(folders, load, has_method):
+    model, policy = load(*folders).eval(), tiny_policy()
+    trained = logits(model)
+    assert torch.equal(trained, logits(policy))
+    with policy.base_model.steered({"a": 5.0}):
+        expected = logits(policy)
+    assert not torch.equal(expected, trained)
+    set_preference_weights(model, {"a": 5.0})
+    assert torch.equal(logits(model), expected)
+    set_preference_weights(model, None)
+    assert torch.equal(logits(model), trained)
+    assert hasattr(model, "set_preference_weights") == has_method  # docs/policy.md says which have it
+    if has_method:
+        model.set_preference_weights({"a": 5.0})
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Already found a `peft_config` attribute:UserWarning"
+)  # transformers adds so
+def test_of_two_adapters_in_a_transformers_model_the_active_or_the_named_one_is_steered(folders):
+    model = by_load_adapter(*folders)
+    model.add_adapter(pmol_config(), "second")
+    randomize(model, seed=1)
+    model.set_adapter("second")
+    second = logits(model)
+    set_preference_weights(model, {"a": 0.0})
+    assert not torch.equal(logits(model), second)
+    set_preference_weights(model, None)
+    set_preference_weights(model, {"a": 0.0}, "default")
+    assert torch.equal(logits(model), second)
+    model.set_adapter("default")
+    model.delete_adapter("second")
+    with pytest.raises(ConfigError, match=r"no PMoL adapter 'second' in this model; it has default$"):
+        set_preference_weights(model, {"a": 0.0}, "second")
+
+
+def test_a_model_without_an_adapter_or_without_this_one():
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM carries no PMoL adapter.*load one first"):
+        set_preference_weights(tiny_lm(), {"a": 2.0})
+    with pytest.raises(ConfigError, match=r"no PMoL adapter 'other' in this model; it has default"):
+        tiny_policy().set_preference_weights({"a": 2.0}, "other")

@@ -9,6 +9,7 @@ backward pass, long after `end`. So the batch is kept until the next pass replac
 """
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -199,16 +200,17 @@ class AdapterRouting:
 
     def _empty_bias(self, logits: Tensor) -> Tensor:
         """What the empty expert's logit needs so that it starts with the wanted mass, other logits being 0."""
-        mass = torch.tensor(self.config.empty_mass, dtype=logits.dtype)
-        bias = torch.zeros(self.groups.num_choices, dtype=logits.dtype)
-        bias[-1] = self.config.temperature * (mass / (1 - mass) * self.groups.num_experts).log()
-        return bias.to(logits.device)
+        mass = self.config.empty_mass
+        assert mass is not None
+        bias = logits.new_zeros(self.groups.num_choices)
+        bias[-1] = self.config.temperature * math.log(mass / (1 - mass) * self.groups.num_experts)
+        return bias
 
     def _factors_for(self, logits: Tensor) -> Tensor | None:
-        factors = self.log_factors
-        if factors is None:
+        if self.log_factors is None:
             return None
-        factors = factors.to(logits.device)
+        # Kept: a copy to a GPU by every router of every pass would stop its queue each time.
+        factors = self.log_factors = self.log_factors.to(logits.device)
         if factors.ndim == 3 and len(factors) not in (1, len(logits)):
             # Several samples or beams of a prompt lie side by side.
             copies, rest = divmod(len(logits), len(factors))

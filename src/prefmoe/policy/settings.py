@@ -79,7 +79,9 @@ class TrainingSettings(Section):
     lora_learning_rate: float | None = Field(
         None, gt=0, description="of the plain LoRAs, whose scale is another; null takes learning_rate"
     )
-    lora_alpha: float | None = Field(None, gt=0, description="of the plain LoRAs; null takes their rank")
+    lora_alpha: float | None = Field(
+        None, gt=0, description="of the plain LoRAs; null takes twice their rank"
+    )
     beta: float = Field(0.1, gt=0, description="of DPO")
     router_start: RouterStart = Field(
         "probe",

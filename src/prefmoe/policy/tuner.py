@@ -12,11 +12,11 @@ from peft.utils import NoMatchingPeftModuleError, register_peft_method
 from torch import Tensor, nn
 
 from prefmoe.errors import CheckpointError, ConfigError, PrefmoeWarning
-from prefmoe.nn import steering_factors
 from prefmoe.policy.config import PMoLConfig
 from prefmoe.policy.layer import MERGE_REFUSED, PMoLLinear, Site, block_of
 from prefmoe.policy.preferences import as_target, mask_of_batch
 from prefmoe.policy.routing import AdapterRouting, RoutedBatch, RouterRecord
+from prefmoe.policy.steering import PreferenceWeights, routing_of, set_preference_weights
 from prefmoe.suggest import nearest
 
 
@@ -156,38 +156,14 @@ class PMoLModel(BaseTuner):
         layer = next((module for module in self.model.modules() if isinstance(module, PMoLLinear)), None)
         return layer is None or layer.disable_adapters
 
-    def set_preference_weights(
-        self,
-        weights: Mapping[str, float] | Sequence[Mapping[str, float]] | None,
-        adapter_name: str | None = None,
-    ) -> None:
-        """Steers the mixture: how many times more each group counts than it was trained to.
-
-        Args:
-            weights: Factors by group, or "empty"; groups not named keep 1, and 0 turns one off. A list steers every
-                text of a batch on its own. None or {} gives back the trained mixture.
-            adapter_name: Which adapter; None means the active one.
-
-        Raises:
-            ConfigError: Unknown group, negative factor, or everything turned off.
-        """
-        routing = self.routings[adapter_name or self.active_adapters[0]]
-        if not weights:
-            routing.log_factors = None
-        elif isinstance(weights, Mapping):
-            routing.log_factors = steering_factors(dict(weights), routing.groups)
-        else:
-            rows = [steering_factors(dict(row), routing.groups) for row in weights]
-            routing.log_factors = torch.stack(rows).unsqueeze(1)
+    def set_preference_weights(self, weights: PreferenceWeights, adapter_name: str | None = None) -> None:
+        """`prefmoe.set_preference_weights` of this model."""
+        set_preference_weights(self.model, weights, adapter_name)
 
     @contextmanager
-    def steered(
-        self,
-        weights: Mapping[str, float] | Sequence[Mapping[str, float]] | None,
-        adapter_name: str | None = None,
-    ) -> Iterator[None]:
+    def steered(self, weights: PreferenceWeights, adapter_name: str | None = None) -> Iterator[None]:
         """`set_preference_weights` for the length of a block."""
-        routing = self.routings[adapter_name or self.active_adapters[0]]
+        routing = routing_of(self.model, adapter_name)
         before = routing.log_factors
         self.set_preference_weights(weights, adapter_name)
         try:
@@ -198,7 +174,7 @@ class PMoLModel(BaseTuner):
     @contextmanager
     def recorded_routing(self, adapter_name: str | None = None) -> Iterator[list[RouterRecord]]:
         """Collects what every router does in the forward passes of a block."""
-        routing = self.routings[adapter_name or self.active_adapters[0]]
+        routing = routing_of(self.model, adapter_name)
         kept: list[RouterRecord] = []
 
         def keep(records: Sequence[RouterRecord], batch: RoutedBatch) -> None:
