@@ -75,6 +75,16 @@ def test_eval_of_a_saved_model_gives_the_numbers_of_the_training(trained, tmp_pa
     assert metrics.router == trained_metrics.router
 
 
+def test_eval_against_another_model_says_how_sure_the_difference_is(saved_model, tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", pair_rows("test", num=4))
+    result = run_cli("reward", "eval", saved_model, source, "--against", saved_model)
+    assert result.exit_code == 0, result.stderr
+    assert "DMoERM minus Other model: +0.000 (+0.000 to +0.000)" in result.stderr
+    result = run_cli("reward", "eval", saved_model, source, "--against", tmp_path / "nowhere")
+    assert result.exit_code != 0
+    assert "nowhere" in result.stderr
+
+
 def test_set_and_out_win_over_the_config(backbone_folder, tmp_path):
     config = write_config(tmp_path, backbone_folder)
     result = run_cli("reward", "train", config, "--set", "experts.split_layer=9", "--out", tmp_path / "other")

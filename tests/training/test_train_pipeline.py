@@ -148,6 +148,23 @@ def test_a_saved_model_is_measured_as_in_its_run(paper_run: FinishedRun, method:
     assert metrics.router == (None if method.startswith("single") else paper_run.metrics.router)
 
 
+def test_two_saved_models_differ_as_in_their_run(paper_run: FinishedRun) -> None:
+    pairs, seed = paper_run.bench.test.pairs, paper_run.settings.seed
+    dmoerm, single = (reloaded(paper_run, method) for method in ("dmoerm", "single"))
+    metrics = evaluate_saved(dmoerm, pairs, against=single, seed=seed)
+    assert metrics.methods == {name: paper_run.metrics.methods[name] for name in ("dmoerm", "single")}
+    assert metrics.paired == {"dmoerm-single": paper_run.metrics.paired["dmoerm-single"]}
+    turned = evaluate_saved(single, pairs, against=dmoerm, seed=seed).paired["single-dmoerm"]
+    assert turned.macro == pytest.approx(-metrics.paired["dmoerm-single"].macro)
+
+
+def test_two_models_of_one_method_keep_their_names_apart(paper_run: FinishedRun) -> None:
+    model = reloaded(paper_run, "single")
+    metrics = evaluate_saved(model, paper_run.bench.test.pairs, against=reloaded(paper_run, "single"))
+    assert metrics.methods["other"] == metrics.methods["single"]
+    assert metrics.paired["single-other"].model_dump() == {"macro": 0, "low": 0, "high": 0}
+
+
 @pytest.mark.parametrize("method", ALL_METHODS)
 def test_a_model_saved_before_methods_were_written_is_named_by_its_shape(
     paper_run: FinishedRun, method: str

@@ -97,6 +97,12 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="OUT", help="Also write the numbers, as metrics.json.")
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL", help="Compare with this one, on the same pairs: the difference gets an interval."
+        ),
+    ] = None,
 ) -> None:
     """Measure accuracy on pairs, task by task, with 95 % intervals."""
     from prefmoe.data.read import read_pairs
@@ -107,7 +113,9 @@ def evaluate(
     from prefmoe.reward.evaluate import evaluate_saved
     from prefmoe.reward.score import RewardModel
 
-    metrics = evaluate_saved(RewardModel.load(model), pairs, progress=StepProgress())
+    reward_model = RewardModel.load(model)
+    other = None if against is None else RewardModel.load(against)
+    metrics = evaluate_saved(reward_model, pairs, against=other, progress=StepProgress())
     print_metrics(metrics, Console(stderr=True))
     if json_file is not None:
         write_metrics(metrics, json_file)

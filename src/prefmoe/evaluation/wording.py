@@ -21,6 +21,7 @@ METHODS = {
         "The mixture: a router picks the task, the capability experts of that task look at the completion, "
         "and an aggregator makes one reward of what they see.",
     ),
+    "other": Wording("Other model", "What it was compared with, trained by the same method."),
 }
 
 PHASES = {

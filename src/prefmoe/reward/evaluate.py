@@ -25,6 +25,7 @@ from prefmoe.reward.workbench import Workbench
 from prefmoe.runs.progress import Progress, silent
 
 _EXAMPLES_PER_TASK = 2
+OTHER = "other"  # a second model of the same method
 
 
 def score_pairs(
@@ -139,13 +140,20 @@ def _test_scores(
 
 
 def evaluate_saved(
-    reward_model: RewardModel, pairs: list[PreferencePair], *, seed: int = 0, progress: Progress = silent
+    reward_model: RewardModel,
+    pairs: list[PreferencePair],
+    *,
+    against: RewardModel | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> Metrics:
     """Measures a saved model on pairs.
 
     Args:
         reward_model: The model.
         pairs: At least one; a task that the model does not know is a row of its own.
+        against: Another one, measured on the same pairs; then the difference has an interval, too. It is called "other"
+            where both were trained by the same method. The router is that of the first.
         seed: Of the bootstrap.
         progress: Shows how far it is.
 
@@ -153,20 +161,34 @@ def evaluate_saved(
         DataError: pairs that cannot be used.
     """
     start = time.perf_counter()
+    name = method_of(reward_model.model)
+    encoded, scores = _scored(reward_model, pairs, progress)
+    confusion = router_confusion(reward_model.model, encoded, scores[0])
+    margins = {name: margins_by_task(encoded, *scores)}
+    if against is not None:
+        found = method_of(against.model)
+        encoded_too, others = _scored(against, pairs, progress)
+        margins[OTHER if found == name else found] = margins_by_task(encoded_too, *others)
+    return build_metrics(
+        margins,
+        router_accuracy=confusion_accuracy(confusion) if len(confusion.tasks) > 1 else None,
+        seconds={"score": round(time.perf_counter() - start, 2)},
+        prompt_ids=prompts_by_task(encoded),
+        subject=name,
+        seed=seed,
+    )
+
+
+def _scored(
+    reward_model: RewardModel, pairs: list[PreferencePair], progress: Progress
+) -> tuple[EncodedPairs, tuple[Scores, Scores]]:
+    """All pairs as a saved model reads them, and its scores of both sides."""
     model, table = reward_model.model, TextTable()
     encoded = encode_pairs(with_task(pairs, "test"), reward_model.renderer, table, allow_equal=True)
     warn_of_unknown_tasks(encoded.pairs, model.config.task_names)
     warn_of_truncation(encoded, reward_model.renderer.max_length)
     trunk = Trunk(model.backbone, model.config.split_layer, table, batch_tokens=reward_model.batch_tokens)
-    scores = score_pairs(model, trunk, encoded, progress=progress)
-    confusion = router_confusion(model, encoded, scores[0])
-    return build_metrics(
-        {method_of(model): margins_by_task(encoded, *scores)},
-        router_accuracy=confusion_accuracy(confusion) if len(confusion.tasks) > 1 else None,
-        seconds={"score": round(time.perf_counter() - start, 2)},
-        prompt_ids=prompts_by_task(encoded),
-        seed=seed,
-    )
+    return encoded, score_pairs(model, trunk, encoded, progress=progress)
 
 
 def method_of(model: DMoERMForSequenceClassification) -> str:
