@@ -109,6 +109,7 @@ def bench_of(arguments: argparse.Namespace) -> Workbench:
         return smoke_bench(arguments.folder)
     changes = [
         "data.test=null",
+        "data.capability_train=null",
         f"data.max_pairs_per_task={arguments.pool}",
         "data.max_validation_pairs_per_task=null",
         "router.max_prompts_per_task=1",  # it is not trained here

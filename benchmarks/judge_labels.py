@@ -195,6 +195,7 @@ def config_of(
         "labels": "columns",  # what rules say is in the files, and so not in the validation pairs
         "soft_labels": options.soft_labels and kind != "rules",
         "max_pairs_per_task": None,
+        "capability_train": None,  # further pairs would have the labels of rules, whatever the kind
     }
     return content | {"data": data, "methods": ["per_task", "dmoerm"], "out": str(options.folder / kind)}
 

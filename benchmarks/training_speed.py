@@ -111,6 +111,7 @@ def bench_of(arguments: argparse.Namespace) -> Workbench:
         "phase3.split=paper",
         f"data.max_pairs_per_task={arguments.pairs_per_task}",
         "data.test=null",
+        "data.capability_train=null",  # the peers have no use for pairs without a preference
         *arguments.set,
     ]
     settings = load_settings(arguments.config, changes, out=arguments.folder)
