@@ -10,7 +10,8 @@ For each kind `<folder>/<kind>.yaml` is written and trained as `prefmoe reward t
 killed benchmark goes on with the same command. Where a judge left a task without labels, that task has no capability
 experts, which training says; where it left some pairs of a point without, that expert has fewer pairs and steps.
 Validation pairs have no capability labels in any kind, so that none is chosen by better ones than another: every
-capability expert keeps its last state in place of its best. At the end the accuracies of the models stand side by side.
+capability expert keeps its last state in place of its best. At the end the accuracies of the models stand side by side,
+and how often their capability experts side with the rules on test pairs.
 With `--soft-labels` a judge's probabilities are learned from in place of its labels, also where its two orders
 disagree; `prefmoe label` writes them with `--confidence`. `--dry-run` writes the configs and files only.
 
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import yaml
 from harness.timing import machine, write_result
+from safetensors.torch import load_file
 
 from prefmoe.cli.progress import StepProgress
 from prefmoe.labeling import RuleLabeler, load_tasks
@@ -40,7 +42,7 @@ from prefmoe.reward.evaluate import evaluate_models
 from prefmoe.reward.settings import RewardSettings, load_settings
 from prefmoe.reward.splits import draw_per_task
 from prefmoe.reward.train import train_models
-from prefmoe.reward.workbench import build_workbench
+from prefmoe.reward.workbench import Workbench, build_workbench
 
 KINDS = ("rules", "judge", "both")
 JUDGED = ("capabilities", "capability_probabilities", "labeled_by")
@@ -50,7 +52,7 @@ SIMULATED = "a simulated judge: the rules with random mistakes; no language mode
 
 def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     options = read_options(argv)
-    settings = load_settings(options.config)
+    settings = load_settings(options.config, options.set)
     if settings.data.validation is None or settings.data.test is None or settings.data.tasks_file is None:
         raise SystemExit(f"{options.config}: data needs validation, test and tasks_file")
     if options.simulate is None:
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
         "simulated": options.simulate is not None,
         "soft_labels": options.soft_labels,
         "config": str(options.config),
+        "set": options.set,
         "pairs": len(rows),
         "labels": labels,
         "machine": machine(),
@@ -74,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
         result |= {"simulated_accuracy": options.simulate, "simulated_position_bias": BIAS}
         result |= quality(rows, rules_of(settings))
     if not options.dry_run:
-        result["accuracy"] = {kind: train(options.folder / f"{kind}.yaml") for kind in KINDS}
+        trained = {kind: train(options.folder / f"{kind}.yaml", rules_of(settings)) for kind in KINDS}
+        result["accuracy"] = {kind: accuracy for kind, (accuracy, _) in trained.items()}
+        result["experts_side_with_rules"] = {kind: sides for kind, (_, sides) in trained.items()}
     for name, value in result.items():
         print(f"{name}: {value}")
     write_result(result, options.out)
@@ -88,6 +93,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("labelled", nargs="?", type=Path, help="what `prefmoe label` wrote")
     parser.add_argument("--simulate", type=float, metavar="ACCURACY", help="a made-up judge instead")
     parser.add_argument("--config", type=Path, default=Path("configs/real-cpu.yaml"))
+    parser.add_argument("--set", action="append", default=[], help="a.b=value, as in `prefmoe reward train`")
     parser.add_argument("--folder", type=Path, default=Path("runs/judge-labels"))
     parser.add_argument("--soft-labels", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
@@ -200,11 +206,34 @@ def config_of(
     return content | {"data": data, "methods": ["per_task", "dmoerm"], "out": str(options.folder / kind)}
 
 
-def train(config: Path) -> dict[str, float]:
-    """Macro accuracy of every method."""
+def train(config: Path, rules: RuleLabeler) -> tuple[dict[str, float], dict[str, float]]:
+    """Macro accuracy of every method; and how often capability experts side with the rules on test pairs."""
     bench = build_workbench(load_settings(config), progress=StepProgress())
-    methods = evaluate_models(bench, train_models(bench)).methods
-    return {name: round(found.macro, 4) for name, found in methods.items()}
+    models = train_models(bench)
+    methods = evaluate_models(bench, models).methods
+    return {name: round(found.macro, 4) for name, found in methods.items()}, side_with_rules(
+        bench, models["dmoerm"].capability_names, rules
+    )
+
+
+def side_with_rules(
+    bench: Workbench, columns: Sequence[tuple[str, str]], rules: RuleLabeler
+) -> dict[str, float]:
+    """Share of the test pairs that a rule tells apart on which the expert sides with it, mean of the experts."""
+    scores = load_file(bench.run.folder / "steps" / "test_dmoerm.safetensors")
+    margins = scores["chosen.capabilities"] - scores["rejected.capabilities"]
+    truth = rules.label(bench.test.pairs)
+    shares = []
+    for column, (task, point) in enumerate(columns):
+        found = [
+            float(margin * labels[point] > 0)
+            for pair, labels, margin in zip(bench.test.pairs, truth, margins[:, column].tolist(), strict=True)
+            # NaN where the router chose another task
+            if pair.task == task and labels.get(point, 0) and margin == margin
+        ]
+        if found:
+            shares.append(sum(found) / len(found))
+    return {"share": round(sum(shares) / max(len(shares), 1), 4), "experts": len(shares)}
 
 
 if __name__ == "__main__":

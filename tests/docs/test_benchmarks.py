@@ -194,6 +194,9 @@ def test_judge_labels_differ_in_the_training_labels_only(small_config, tmp_path)
     assert set(found["accuracy"]) == set(judge_labels.KINDS)
     for accuracy in found["accuracy"].values():
         assert set(accuracy) == {"per_task", "dmoerm"}
+    for sides in found["experts_side_with_rules"].values():
+        assert sides["experts"] == 2
+        assert 0 <= sides["share"] <= 1
     splits = {kind: read_splits(load_settings(tmp_path / "kinds" / f"{kind}.yaml").data) for kind in KINDS}
     assert not any(pair.capabilities for of_kind in splits.values() for pair in of_kind["validation"])
     train = {kind: [pair.capabilities for pair in of_kind["train"]] for kind, of_kind in splits.items()}
