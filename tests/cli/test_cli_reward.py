@@ -85,6 +85,35 @@ def test_eval_against_another_model_says_how_sure_the_difference_is(saved_model,
     assert "nowhere" in result.stderr
 
 
+def test_eval_by_the_pairs_own_tasks_is_not_misled_by_the_router(saved_model, tmp_path):
+    """Rewards are those of `score --routing given`; the router's accuracy stays the router's."""
+    rows = pair_rows("test", num=6)
+    source = write_rows(tmp_path / "in.jsonl", rows)
+    found = {}
+    for routing in ("top1", "given", "soft"):
+        out, scores = tmp_path / f"{routing}.json", tmp_path / f"{routing}.jsonl"
+        done = run_cli("reward", "eval", saved_model, source, "--routing", routing, "--json", out)
+        assert done.exit_code == 0, done.stderr
+        metrics = read_metrics(out)
+        assert (
+            run_cli("reward", "score", saved_model, source, "-o", scores, "--routing", routing).exit_code == 0
+        )
+        lines = read_lines(scores)
+        rewards = [line["reward"] for line in lines]
+        hits = {"advice": [], "facts": []}
+        for row, chosen, rejected in zip(rows, rewards[::2], rewards[1::2], strict=True):
+            hits[row["task"]].append(chosen > rejected)
+        (method,) = metrics.methods.values()
+        for task, values in hits.items():
+            assert method.tasks[task].accuracy == pytest.approx(sum(values) / len(values))
+        found[routing] = metrics.router
+    assert found["top1"] == found["given"] == found["soft"]
+    unknown = write_rows(tmp_path / "unknown.jsonl", [row | {"task": "poetry"} for row in rows])
+    done = run_cli("reward", "eval", saved_model, unknown, "--routing", "given")
+    assert done.exit_code == 3
+    assert "tasks ['poetry'] are not among those of the model" in done.stderr
+
+
 def test_set_and_out_win_over_the_config(backbone_folder, tmp_path):
     config = write_config(tmp_path, backbone_folder)
     result = run_cli("reward", "train", config, "--set", "experts.split_layer=9", "--out", tmp_path / "other")

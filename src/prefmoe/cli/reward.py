@@ -19,6 +19,14 @@ Model = Annotated[
     typer.Argument(metavar="MODEL", help="Folder of a model: runs/reward/dmoerm.", show_default=False),
 ]
 
+Routing = Annotated[
+    Literal["top1", "soft", "given"],
+    typer.Option(
+        help="top1: experts of the likeliest task; soft: all tasks, weighted by the router; given: those of the "
+        "row's own task."
+    ),
+]
+
 
 @app.command()
 def train(
@@ -72,13 +80,7 @@ def score(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="JSON Lines, one a completion.")],
-    routing: Annotated[
-        Literal["top1", "soft", "given"],
-        typer.Option(
-            help="top1: experts of the likeliest task; soft: all tasks, weighted by the router; given: those of the "
-            "row's own task."
-        ),
-    ] = "top1",
+    routing: Routing = "top1",
 ) -> None:
     """Write reward, task and capability scores of every completion.
 
@@ -92,6 +94,7 @@ def score(
 
 @app.command("eval")
 def evaluate(
+    *,
     model: Model,
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Test pairs.", show_default=False)],
     json_file: Annotated[
@@ -103,6 +106,7 @@ def evaluate(
             metavar="MODEL", help="Compare with this one, on the same pairs: the difference gets an interval."
         ),
     ] = None,
+    routing: Routing = "top1",
 ) -> None:
     """Measure accuracy on pairs, task by task, with 95 % intervals."""
     from prefmoe.data.read import read_pairs
@@ -115,7 +119,7 @@ def evaluate(
 
     reward_model = RewardModel.load(model)
     other = None if against is None else RewardModel.load(against)
-    metrics = evaluate_saved(reward_model, pairs, against=other, progress=StepProgress())
+    metrics = evaluate_saved(reward_model, pairs, against=other, routing=routing, progress=StepProgress())
     print_metrics(metrics, Console(stderr=True))
     if json_file is not None:
         write_metrics(metrics, json_file)

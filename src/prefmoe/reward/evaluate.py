@@ -13,9 +13,10 @@ from torch import Tensor
 from prefmoe.errors import PrefmoeWarning
 from prefmoe.evaluation.metrics import Metrics, build_metrics, write_metrics
 from prefmoe.evaluation.run_folder import ExpertCorrelation, RouterConfusion, scored_pair, write_run_file
+from prefmoe.nn import RoutingMode
 from prefmoe.records import PreferencePair
 from prefmoe.reward.model import DMoERMForSequenceClassification
-from prefmoe.reward.score import RewardModel, Scores, report_of, score_texts
+from prefmoe.reward.score import RewardModel, Scores, given_tasks, report_of, score_texts
 from prefmoe.reward.settings import Method
 from prefmoe.reward.splits import ONE_TASK, with_task
 from prefmoe.reward.texts import EncodedPairs, TextTable, encode_pairs
@@ -33,12 +34,16 @@ def score_pairs(
     trunk: Trunk,
     encoded: EncodedPairs,
     *,
+    routing: RoutingMode = "top1",
     label: str = "scoring",
     progress: Progress = silent,
 ) -> tuple[Scores, Scores]:
-    """Scores of the chosen and of the rejected sides."""
+    """Scores of the chosen and of the rejected sides; arguments as of `score_texts`, the given tasks are the pairs'."""
     texts = [row.chosen for row in encoded.rows] + [row.rejected for row in encoded.rows]
-    both = score_texts(model, trunk, texts, label=label, progress=progress)
+    task_ids = 2 * given_tasks(model, encoded.pairs) if routing == "given" else None
+    both = score_texts(
+        model, trunk, texts, routing=routing, task_ids=task_ids, label=label, progress=progress
+    )
     return Scores(*(column[: len(encoded.rows)] for column in both)), Scores(
         *(column[len(encoded.rows) :] for column in both)
     )
@@ -144,6 +149,7 @@ def evaluate_saved(
     pairs: list[PreferencePair],
     *,
     against: RewardModel | None = None,
+    routing: RoutingMode = "top1",
     seed: int = 0,
     progress: Progress = silent,
 ) -> Metrics:
@@ -154,6 +160,7 @@ def evaluate_saved(
         pairs: At least one; a task that the model does not know is a row of its own.
         against: Another one, measured on the same pairs; then the difference has an interval, too. It is called "other"
             where both were trained by the same method. The router is that of the first.
+        routing: How both choose experts: by the router ("top1", "soft"), or the pairs' own tasks ("given").
         seed: Of the bootstrap.
         progress: Shows how far it is.
 
@@ -162,12 +169,12 @@ def evaluate_saved(
     """
     start = time.perf_counter()
     name = method_of(reward_model.model)
-    encoded, scores = _scored(reward_model, pairs, progress)
+    encoded, scores = _scored(reward_model, pairs, routing, progress)
     confusion = router_confusion(reward_model.model, encoded, scores[0])
     margins = {name: margins_by_task(encoded, *scores)}
     if against is not None:
         found = method_of(against.model)
-        encoded_too, others = _scored(against, pairs, progress)
+        encoded_too, others = _scored(against, pairs, routing, progress)
         margins[OTHER if found == name else found] = margins_by_task(encoded_too, *others)
     return build_metrics(
         margins,
@@ -180,7 +187,7 @@ def evaluate_saved(
 
 
 def _scored(
-    reward_model: RewardModel, pairs: list[PreferencePair], progress: Progress
+    reward_model: RewardModel, pairs: list[PreferencePair], routing: RoutingMode, progress: Progress
 ) -> tuple[EncodedPairs, tuple[Scores, Scores]]:
     """All pairs as a saved model reads them, and its scores of both sides."""
     model, table = reward_model.model, TextTable()
@@ -188,7 +195,7 @@ def _scored(
     warn_of_unknown_tasks(encoded.pairs, model.config.task_names)
     warn_of_truncation(encoded, reward_model.renderer.max_length)
     trunk = Trunk(model.backbone, model.config.split_layer, table, batch_tokens=reward_model.batch_tokens)
-    return encoded, score_pairs(model, trunk, encoded, progress=progress)
+    return encoded, score_pairs(model, trunk, encoded, routing=routing, progress=progress)
 
 
 def method_of(model: DMoERMForSequenceClassification) -> str:
@@ -231,10 +238,10 @@ def warn_of_truncation(encoded: EncodedPairs, max_length: int) -> None:
 def router_confusion(
     model: DMoERMForSequenceClassification, encoded: EncodedPairs, chosen: Scores
 ) -> RouterConfusion:
-    """How the prompts of test pairs were routed, every pair once; tasks that the model never saw are left out."""
+    """What the router says of the prompts of test pairs, every pair once; tasks that it never saw are left out."""
     names = model.config.task_names
     counts = torch.zeros(len(names), len(names), dtype=torch.long)
-    for pair, used in zip(encoded.pairs, chosen.task_ids.tolist(), strict=True):
+    for pair, used in zip(encoded.pairs, chosen.task_probs.argmax(-1).tolist(), strict=True):
         if pair.task in names:
             counts[names.index(str(pair.task)), used] += 1
     return RouterConfusion(tasks=names, counts=counts.tolist())

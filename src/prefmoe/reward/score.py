@@ -11,7 +11,7 @@ from prefmoe.backbone.packing import packed_batches
 from prefmoe.data.render import Renderer
 from prefmoe.errors import CheckpointError, DataError, join_problems
 from prefmoe.nn import RoutingMode
-from prefmoe.records import Completion, RewardReport
+from prefmoe.records import Completion, PreferencePair, RewardReport
 from prefmoe.reward.model import DMoERMForSequenceClassification
 from prefmoe.reward.texts import TextTable
 from prefmoe.reward.trunk import Trunk
@@ -72,6 +72,17 @@ def score_texts(
             scores.heads[batch] = output.head_scores.cpu()
             advance(sum(len(encoded[i].input_ids) for i in batch))
     return scores
+
+
+def given_tasks(
+    model: DMoERMForSequenceClassification, rows: Sequence[Completion | PreferencePair]
+) -> list[int]:
+    """Numbers of the rows' own tasks; raises DataError that names those that the model does not know."""
+    names = model.config.task_names
+    unknown = sorted({str(row.task) for row in rows if row.task not in names})
+    if unknown:
+        raise DataError(f"tasks {unknown} are not among those of the model, {names}; use top1 routing")
+    return [names.index(str(row.task)) for row in rows]
 
 
 def report_of(
@@ -171,16 +182,9 @@ class RewardModel:
         trunk = Trunk(
             self.model.backbone, self.model.config.split_layer, table, batch_tokens=self.batch_tokens
         )
-        task_ids = self._given_tasks(completions) if routing == "given" else None
+        task_ids = given_tasks(self.model, completions) if routing == "given" else None
         scores = score_texts(self.model, trunk, texts, routing=routing, task_ids=task_ids, progress=progress)
         return [
             report_of(self.model, scores, index, name=row.id, truncated_tokens=text.truncated_tokens)
             for index, (row, text) in enumerate(zip(completions, encoded, strict=True))
         ]
-
-    def _given_tasks(self, completions: Sequence[Completion]) -> list[int]:
-        names = self.model.config.task_names
-        unknown = sorted({str(row.task) for row in completions if row.task not in names})
-        if unknown:
-            raise DataError(f"tasks {unknown} are not among those of the model, {names}; use top1 routing")
-        return [names.index(str(row.task)) for row in completions]
