@@ -95,7 +95,7 @@ def fitted(
     router = TaskRouter(num_tasks=num_tasks, hidden=features.shape[1])
     options = {
         "label_smoothing": settings.router.label_smoothing,
-        "class_balanced": settings.router.class_balanced,
+        "class_balance": settings.router.class_balance,
     }
     router.fit(features, labels, l2=l2, **options)
     return router

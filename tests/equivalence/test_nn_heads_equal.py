@@ -94,16 +94,16 @@ def test_fit_bradley_terry_equals_gradient_descent(extras):
     torch.testing.assert_close(fitted.tolist(), expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("class_balanced", [False, True])
+@pytest.mark.parametrize("class_balance", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_fit_softmax_equals_gradient_descent(class_balanced, label_smoothing, has_bias):
+def test_fit_softmax_equals_gradient_descent(class_balance, label_smoothing, has_bias):
     features, labels = random(6, 2).detach(), [0, 0, 0, 1, 0, 2]
     options = {
         "num_classes": 4,  # class 3 has no row
         "l2": 0.3,
         "label_smoothing": label_smoothing,
-        "class_balanced": class_balanced,
+        "class_balance": class_balance,
         "has_bias": has_bias,
     }
     expected = torch.tensor(slow.fit_softmax(features.tolist(), labels, **options), dtype=torch.float64)

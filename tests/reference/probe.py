@@ -33,11 +33,11 @@ def fit_bradley_terry(differences, *, l2, weight=None, label=None, offset=None):
     return descend(gradient, [0.0] * len(differences[0]), step=1 / (largest / 4 + l2))
 
 
-def fit_softmax(features, labels, *, num_classes, l2, label_smoothing, class_balanced, has_bias=True):
+def fit_softmax(features, labels, *, num_classes, l2, label_smoothing, class_balance, has_bias=True):
     """Rows of the answer are [weights of a class, then its bias]."""
     inputs = [[*row, float(has_bias)] for row in features]
     width = len(inputs[0])
-    share = [1 / labels.count(label) if class_balanced else 1.0 for label in labels]
+    share = [1 / labels.count(label) ** class_balance for label in labels]
     largest = max(sum(x * x for x in row) for row in inputs)
 
     def gradient(flat):

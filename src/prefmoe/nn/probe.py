@@ -76,7 +76,7 @@ def fit_softmax(
     num_classes: int,
     l2: float,
     label_smoothing: float = 0.05,
-    class_balanced: bool = True,
+    class_balance: float = 1.0,
     has_bias: bool = True,
 ) -> tuple[Float[Tensor, "classes features"], Float[Tensor, " classes"]]:
     r"""Weights and biases of the linear classifier with the least regularized cross-entropy.
@@ -91,7 +91,8 @@ def fit_softmax(
         num_classes: Number of classes; a class without rows is allowed and gets the smallest bias.
         l2: Strength $\lambda$, above 0. It holds the biases too, so there is exactly one minimum.
         label_smoothing: $\epsilon$, in [0, 1).
-        class_balanced: Every class that has rows counts the same in the mean, however many they are.
+        class_balance: A class of n rows counts n to the power of 1 minus this: with 1 all classes count the same, with
+            0 all rows.
         has_bias: Whether $b$ is fitted, too; otherwise it is 0.
 
     Returns:
@@ -120,7 +121,7 @@ def fit_softmax(
     _check_labels("fit_softmax", labels, num_classes)
     inputs = F.pad(features.detach().double(), (0, 1), value=float(has_bias))
     counts = torch.bincount(labels, minlength=num_classes).double()
-    row_weight = 1 / counts[labels] if class_balanced else torch.ones_like(inputs[:, 0])
+    row_weight = counts[labels] ** -class_balance
 
     def objective(solution: Tensor) -> Tensor:
         logits = inputs @ solution.T

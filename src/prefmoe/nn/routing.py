@@ -71,7 +71,7 @@ class TaskRouter(nn.Module):
         *,
         l2: float = 1e-3,
         label_smoothing: float = 0.05,
-        class_balanced: bool = True,
+        class_balance: float = 1.0,
     ) -> None:
         """Learn mean, std, weight and bias from prompts whose task is known: one convex fit, no steps.
 
@@ -82,7 +82,7 @@ class TaskRouter(nn.Module):
             task_ids: Their tasks.
             l2: Strength of the L2 penalty of `fit_softmax`.
             label_smoothing: As in `fit_softmax`.
-            class_balanced: As in `fit_softmax`.
+            class_balance: As in `fit_softmax`.
         """
         x = features.double()
         self.mean.copy_(x.mean(dim=0))
@@ -94,7 +94,7 @@ class TaskRouter(nn.Module):
             num_classes=len(self.bias),
             l2=l2,
             label_smoothing=label_smoothing,
-            class_balanced=class_balanced,
+            class_balance=class_balance,
         )
         self.weight.copy_(weight)
         self.bias.copy_(bias)

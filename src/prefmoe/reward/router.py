@@ -22,7 +22,7 @@ def fit_router(bench: Workbench) -> TaskRouter:
             torch.tensor([list(bench.tasks).index(task) for _, task in bench.prompts]),
             l2=settings.l2,
             label_smoothing=settings.label_smoothing,
-            class_balanced=settings.class_balanced,
+            class_balance=settings.class_balance,
         )
         return router
 

@@ -104,7 +104,9 @@ class RouterSettings(Section):
         ge=1,
         description="prompts to learn from; needs no labels, so also pairs beyond data.max_pairs_per_task",
     )
-    class_balanced: bool = Field(True, description="whether every task counts the same, or every prompt")
+    class_balance: float = Field(
+        1.0, ge=0, le=1, description="1: every task counts the same; 0: every prompt; between: in between"
+    )
     l2: float = Field(1e-2, gt=0, description="strength of the penalty")
     label_smoothing: float = Field(0.05, ge=0, lt=1, description="share of the target spread over all tasks")
 

@@ -123,11 +123,7 @@ def build_workbench(
         for name, rows in splits.items()
     }
     prompts = encode_prompts(undrawn, settings, renderer, table)
-    run.check_inputs(
-        {f"the {name} pairs": _hash_of_pairs(rows, table) for name, rows in encoded.items()}
-        | {"the prompts of the router": hash_of([f"{table.key(text)} {task}" for text, task in prompts])}
-        | {"the backbone": weights_hash(backbone), "the backbone's dtype": str(backbone.dtype)}
-    )
+    run.check_inputs(_hashes_of(encoded, prompts, backbone, table))
     trunk = _prepared_trunk(backbone, table, run, settings, progress=progress)
     for name, rows in encoded.items():
         counts = {"pairs": len(rows.rows), "truncated": rows.num_truncated, "equal": rows.num_equal}
@@ -207,6 +203,20 @@ def _prepared_trunk(
     run.wait()
     trunk.reload()
     return trunk
+
+
+def _hashes_of(
+    encoded: dict[str, EncodedPairs],
+    prompts: list[tuple[int, str]],
+    backbone: PreTrainedModel,
+    table: TextTable,
+) -> dict[str, str]:
+    """Of all that the results of a run depend on besides its settings."""
+    return (
+        {f"the {name} pairs": _hash_of_pairs(rows, table) for name, rows in encoded.items()}
+        | {"the prompts of the router": hash_of([f"{table.key(text)} {task}" for text, task in prompts])}
+        | {"the backbone": weights_hash(backbone), "the backbone's dtype": str(backbone.dtype)}
+    )
 
 
 def _hash_of_pairs(encoded: EncodedPairs, table: TextTable) -> str:
