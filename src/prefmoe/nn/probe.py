@@ -91,7 +91,7 @@ def fit_softmax(
         num_classes: Number of classes; a class without rows is allowed and gets the smallest bias.
         l2: Strength $\lambda$, above 0. It holds the biases too, so there is exactly one minimum.
         label_smoothing: $\epsilon$, in [0, 1).
-        class_balance: A row of a class of $n$ counts $n^{-a}$: with $a = 1$ all classes count the same, with 0 all rows.
+        class_balance: $a$; a row of a class of $n$ counts $n^{-a}$: with 1 all classes count the same, with 0 all rows.
         has_bias: Whether $b$ is fitted, too; otherwise it is 0.
 
     Returns:
