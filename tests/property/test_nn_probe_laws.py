@@ -102,7 +102,9 @@ def test_nothing_is_left_where_the_offset_says_what_the_labels_say(pairs, l2):
 def test_renaming_the_classes_permutes_the_answer(rows, l2, class_balance):
     features, labels, classes = rows
     weights, biases = fit_softmax(features, labels, num_classes=classes, l2=l2, class_balance=class_balance)
-    renamed = fit_softmax(features, classes - 1 - labels, num_classes=classes, l2=l2, class_balance=class_balance)
+    renamed = fit_softmax(
+        features, classes - 1 - labels, num_classes=classes, l2=l2, class_balance=class_balance
+    )
     close(renamed[0].flip(0), weights)
     close(renamed[1].flip(0), biases)
 
