@@ -89,7 +89,7 @@ def test_eval_by_the_pairs_own_tasks_is_not_misled_by_the_router(saved_model, tm
     """Rewards are those of `score --routing given`; the router's accuracy stays the router's."""
     rows = pair_rows("test", num=6)
     source = write_rows(tmp_path / "in.jsonl", rows)
-    found = {}
+    found, said = {}, {}
     for routing in ("top1", "given", "soft"):
         out, scores = tmp_path / f"{routing}.json", tmp_path / f"{routing}.jsonl"
         done = run_cli("reward", "eval", saved_model, source, "--routing", routing, "--json", out)
@@ -99,7 +99,7 @@ def test_eval_by_the_pairs_own_tasks_is_not_misled_by_the_router(saved_model, tm
             run_cli("reward", "score", saved_model, source, "-o", scores, "--routing", routing).exit_code == 0
         )
         lines = read_lines(scores)
-        rewards = [line["reward"] for line in lines]
+        rewards = said[routing] = [line["reward"] for line in lines]
         hits = {"advice": [], "facts": []}
         for row, chosen, rejected in zip(rows, rewards[::2], rewards[1::2], strict=True):
             hits[row["task"]].append(chosen > rejected)
@@ -108,6 +108,8 @@ def test_eval_by_the_pairs_own_tasks_is_not_misled_by_the_router(saved_model, tm
             assert method.tasks[task].accuracy == pytest.approx(sum(values) / len(values))
         found[routing] = metrics.router
     assert found["top1"] == found["given"] == found["soft"]
+    assert found["top1"].accuracy < 1  # so that being misled is possible
+    assert len({tuple(rewards) for rewards in said.values()}) == 3
     unknown = write_rows(tmp_path / "unknown.jsonl", [row | {"task": "poetry"} for row in rows])
     done = run_cli("reward", "eval", saved_model, unknown, "--routing", "given")
     assert done.exit_code == 3
