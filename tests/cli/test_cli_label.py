@@ -108,6 +108,37 @@ def test_a_limit_is_spread_over_the_tasks(desk):
     assert [row["id"] for row in desk.rows()] == ["0", "1", "2", "6", "7"]
 
 
+def test_a_limit_counts_pairs_of_tasks_that_have_a_point_that_is_asked(desk, tmp_path):
+    tasks = {"facts": "truth", "chat": "wit"}
+    content = {
+        task: {"description": f"{task}.", "capabilities": {point: "It has it."}}
+        for task, point in tasks.items()
+    }
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"tasks": content}), encoding="utf-8")
+    write_rows(
+        desk.pairs,
+        [
+            {"id": str(i), "task": list(tasks)[i % 2], "prompt": "?", "chosen": f"{i}", "rejected": "x"}
+            for i in range(6)
+        ],
+    )
+    with JudgeServer() as server:
+        options = (
+            "--tasks",
+            tmp_path / "two.yaml",
+            "--base-url",
+            server.url,
+            "--limit",
+            "2",
+            "--point",
+            "wit",
+        )
+        done = run_cli("label", desk.pairs, "-o", desk.out, "--judge", "m", *options)
+    assert done.exit_code == 0, done.output
+    assert [row["id"] for row in desk.rows()] == ["1", "3"]
+    assert len(server.requests) == 4
+
+
 def test_a_pair_that_stands_there_twice_is_paid_once(desk):
     row = {"task": "facts", "prompt": "?", "chosen": "a", "rejected": "b"}
     write_rows(desk.pairs, [row, row])

@@ -92,14 +92,17 @@ def label_pairs(  # noqa: PLR0913 - typer reads the options off the signature
         return
     if tasks is None:
         raise typer.BadParameter("--tasks TASKS.yaml is missing; --suggest proposes one")
-    task_file, rows = load_tasks(tasks), read_rows(source, limit=limit)
+    task_file = load_tasks(tasks)
     if settings is None:
-        _label_by_rules(rows, task_file, out)
+        _label_by_rules(read_rows(source, limit=limit), task_file, out)
         return
 
     from prefmoe.labeling.judge.labeler import JudgeLabeler
+    from prefmoe.labeling.judge.questions import choose_points
     from prefmoe.labeling.judge.store import IN_MEMORY, AnswerStore, default_store
 
+    asked = [task for task, points in choose_points(task_file, settings.points).items() if points]
+    rows = read_rows(source, limit=limit, tasks=asked if settings.points else None)
     path = store or default_store(out)
     if dry_run and not path.exists():
         path = Path(IN_MEMORY)  # it writes nothing

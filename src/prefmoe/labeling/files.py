@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +27,16 @@ class SourceRow(NamedTuple):
     labeled_by: Mapping[str, str]
 
 
-def read_rows(source: str | Path, *, limit: int | None = None) -> list[SourceRow]:
+def read_rows(
+    source: str | Path, *, limit: int | None = None, tasks: Collection[str] | None = None
+) -> list[SourceRow]:
     """Pairs of a file with all their columns.
 
     Args:
         source: As for `read_pairs`; of a folder or data set the training split.
         limit: Only so many, spread evenly over the tasks, each task's first ones. A larger limit adds pairs and
             drops none.
+        tasks: With a limit, pairs of other tasks are left out; those without a task stay. None leaves out none.
 
     Raises:
         DataError: as for `read_pairs`.
@@ -44,7 +47,9 @@ def read_rows(source: str | Path, *, limit: int | None = None) -> list[SourceRow
         SourceRow(pair, row, {point: _name_of(row, point) for point in pair.capabilities})
         for pair, row in zip(pairs, values, strict=True)
     ]
-    return rows if limit is None else _spread(rows, limit)
+    if limit is None:
+        return rows
+    return _spread([row for row in rows if tasks is None or row.pair.task in (None, *tasks)], limit)
 
 
 def write_labels(
