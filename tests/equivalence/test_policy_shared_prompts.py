@@ -32,7 +32,7 @@ PAIRS = [
 ]
 
 
-def trainer_of(out, adapter, *, family="llama", checkpointing=False, shared=True):
+def trainer_of(out, adapter, *, family="llama", checkpointing=False, shared=True, **options):
     tokenizer = byte_tokenizer(CHATML)
     tokenizer.pad_token = "</s>"
     torch.manual_seed(0)
@@ -56,6 +56,7 @@ def trainer_of(out, adapter, *, family="llama", checkpointing=False, shared=True
             gradient_checkpointing=checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
             max_length=None,
+            **options,
         ),
         train_dataset=Dataset.from_list(PAIRS),
         processing_class=tokenizer,
@@ -131,6 +132,25 @@ def test_a_model_of_another_family_runs_as_it_always_did(tmp_path):
     )
     assert_same_step(shared, plain)
     assert shared[3] == plain[3]
+
+
+def test_logits_of_all_tokens_are_not_walked_through_by_trl_on_a_cpu(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("TRL's head was asked")
+
+    trainer = trainer_of(tmp_path, pmol_config())
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction.apply", refuse)
+    step(trainer)
+
+
+def test_the_weights_of_wpo_are_those_of_the_plain_trainer(tmp_path):
+    plain, shared = (
+        step(trainer_of(tmp_path, pmol_config(), shared=shared, use_weighting=True))
+        for shared in (False, True)
+    )
+    assert_same_step(shared, plain)
+    unweighted = step(trainer_of(tmp_path, pmol_config()))
+    assert abs(unweighted[0] - plain[0]) > 1e-3
 
 
 @pytest.mark.parametrize("adapter", ["lora", "default", "linear scope", "model scope", "recurrent"])

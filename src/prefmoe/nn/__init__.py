@@ -34,6 +34,7 @@ from prefmoe.nn.router_losses import (
     within_group_balance,
 )
 from prefmoe.nn.routing import Routing, RoutingMode, TaskRouter, route, router_features
+from prefmoe.nn.token_logprobs import TokenLogprobs, token_logprobs
 from prefmoe.nn.token_routing import (
     ExpertGroups,
     RecurrentRouter,
@@ -55,6 +56,7 @@ __all__ = [
     "Routing",
     "RoutingMode",
     "TaskRouter",
+    "TokenLogprobs",
     "TokenRouter",
     "attention_plan",
     "bradley_terry_loss",
@@ -81,6 +83,7 @@ __all__ = [
     "saved_layer_tokens",
     "steering_factors",
     "switch_balance_loss",
+    "token_logprobs",
     "uncertainty_weighted",
     "within_group_balance",
     "worst_case",

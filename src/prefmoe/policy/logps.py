@@ -88,7 +88,12 @@ def _tree_logps(model: nn.Module, texts: Sequence[Text], *, routing_mask: bool) 
         # What the ids are, only their shape counts: the model's hooks look at it.
         ids_of_rows = torch.zeros(packing.rows.shape, dtype=torch.long, device=device)
         logits = model(input_ids=ids_of_rows, use_cache=False, **more).logits[0]
-    of_tokens = -F.cross_entropy(logits.float(), targets, reduction="none")
+    of_tokens = torch.cat(
+        [
+            -F.cross_entropy(part.float(), target, reduction="none")
+            for part, target in zip(logits.split(256), targets.split(256), strict=True)
+        ]
+    )
     sizes = [b - a for a, b in spans]
     return torch.stack([part.sum() for part in of_tokens.split(sizes)]).cpu()
 

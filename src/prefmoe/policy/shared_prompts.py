@@ -2,7 +2,8 @@
 
 Chosen and rejected of a pair begin with the same prompt, whose states are the same in both. TRL computes them twice,
 pads the shorter side and, where Triton does not run, the logits of all tokens. Here the texts lie as a prefix tree
-in one row (`prefmoe.nn.Packing`), and the head sees the states that predict a completion's token.
+in one row (`prefmoe.nn.Packing`), and the head sees the states that predict a completion's token; on a CPU it is ours
+(`prefmoe.nn.token_logprobs`), where TRL's has no kernel and walks the logits a dozen times.
 """
 
 import dataclasses
@@ -17,11 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl import DPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
 from prefmoe.backbone.layers import check_family, embed, run_layers
 from prefmoe.backbone.packing import pack_texts
 from prefmoe.errors import ConfigError
-from prefmoe.nn import Packing
+from prefmoe.nn import Packing, token_logprobs
 from prefmoe.policy.routing import AdapterRouting
 from prefmoe.policy.tuner import PMoLModel
 
@@ -43,12 +45,12 @@ def share_prompts(trainer: DPOTrainer) -> DPOTrainer:
     """
     for model in (trainer.model, trainer.ref_model):
         if model is not None:
-            _share(trainer.accelerator.unwrap_model(model))
+            _share(trainer.accelerator.unwrap_model(model), wants_weighting=trainer.use_weighting)
     return trainer
 
 
-def _share(model: nn.Module) -> None:
-    """Replaces the forward pass that TRL gave a model's head."""
+def _share(model: nn.Module, *, wants_weighting: bool) -> None:
+    """Replaces the forward pass that TRL gave a model's head; WPO's weights are TRL's to compute."""
     language_model = language_model_of(model)
     fused_forward = language_model.forward
 
@@ -59,7 +61,7 @@ def _share(model: nn.Module) -> None:
             texts = _right_padded(kwargs.get("input_ids"), kwargs.get("attention_mask"))
         if texts is None or labels is None or not can_share(model, longest=max(map(len, texts))):
             return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
-        return _fused_on_tree(fused_forward, model, texts, labels)
+        return _fused_on_tree(fused_forward, model, texts, labels, own_head=not wants_weighting)
 
     language_model.forward = forward
 
@@ -140,18 +142,44 @@ def pack_rows(model: nn.Module, texts: Sequence[Sequence[int]]) -> Packing:
     return pack_texts(texts, hidden=language_model_of(model).config.hidden_size)
 
 
-def _fused_on_tree(fused_forward: Any, model: nn.Module, texts: list[list[int]], labels: Tensor) -> Any:
+def _fused_on_tree(
+    fused_forward: Any, model: nn.Module, texts: list[list[int]], labels: Tensor, *, own_head: bool
+) -> Any:
     """What TRL's forward with a fused head returns, (texts, seq - 1) a field, of a pass over the prefix tree."""
     packing = pack_rows(model, texts)
     targets = labels[:, 1:]
     is_target = targets != -100
     nodes = packing.rows[:, :-1].to(labels.device)[is_target]
     with pass_over_tree(model, packing, nodes):
-        found = fused_forward(fused_lm_head=True, shift_labels=targets[is_target][None])
+        if own_head and _has_plain_head(model):
+            found = _logprobs_of_nodes(language_model_of(model), targets[is_target])
+        else:
+            found = fused_forward(fused_lm_head=True, shift_labels=targets[is_target][None])
     rows = {
         field.name: _as_rows(getattr(found, field.name), is_target) for field in dataclasses.fields(found)
     }
     return type(found)(**rows)
+
+
+def _has_plain_head(model: nn.Module) -> bool:
+    """Whether `token_logprobs` can stand in for TRL's head: on a CPU, where that has no kernel, and frozen."""
+    head = language_model_of(model).get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None or torch.is_autocast_enabled("cpu"):
+        return False
+    return head.weight.device.type == "cpu" and not head.weight.requires_grad
+
+
+def _logprobs_of_nodes(language_model: PreTrainedModel, targets: Tensor) -> FusedCausalLMOutput:
+    states = language_model.base_model().last_hidden_state[0]  # inside `pass_over_tree`
+    found = token_logprobs(states, language_model.get_output_embeddings().weight, targets)
+    return FusedCausalLMOutput(
+        loss=-found.logprobs.mean(),
+        log_probs=found.logprobs[None],
+        entropy=found.entropy[None],
+        mean_logits=found.mean_logits[None],
+        is_top1=found.is_top1[None],
+        label_mask=torch.ones_like(found.is_top1)[None],
+    )
 
 
 def _as_rows(values: Tensor | None, is_target: Tensor) -> Tensor | None:
