@@ -113,6 +113,11 @@ def test_train_writes_numbers_pictures_and_adapters(trained):
     assert [point.weight for point in report.steering["helpful"]] == [0.5, 1, 2]
     # Turned by 1, whichever group, it is the same model.
     assert report.steering["helpful"][1] == report.steering["harmless"][1]
+    for group, points in report.steering.items():
+        for name, gain in report.steering_gain[group].items():
+            assert gain.value == pytest.approx(points[-1].margin[name] - points[0].margin[name], abs=1e-6)
+            assert gain.low <= gain.value <= gain.high
+            assert gain.low < gain.high
     assert set(report.costs) == TRAININGS
     assert report.costs["lora_helpful"].trainable * 2 == report.costs["lora"].trainable
     for costs in report.costs.values():

@@ -271,6 +271,10 @@ def _print_report(report: "PolicyReport", console: Console) -> None:
         for point in points:
             cells = [f"{point.margin[n]:+.4f} ({point.accuracy[n]:.3f})" for n in point.margin]
             table.add_row(f"{point.weight:g}", *cells)
+        gains = report.steering_gain.get(group, {})  # runs of older versions have none
+        cells = [f"{gain.value:+.4f} ({gain.low:+.4f} to {gain.high:+.4f})" for gain in gains.values()]
+        if len(points) > 1 and cells:
+            table.add_row(f"{points[0].weight:g} to {points[-1].weight:g}", *cells)
         console.print(table)
 
 

@@ -34,11 +34,15 @@ class SteeringPoint(BaseModel):
 
 
 class Estimate(BaseModel):
-    """An accuracy with its 95 % interval."""
+    """An accuracy, or a difference of margins, with its 95 % interval."""
 
     value: float
     low: float
     high: float
+
+
+# Of each group that is turned: of every preference.
+Gains = dict[str, dict[str, Estimate]]
 
 
 class PolicyReport(BaseModel):
@@ -51,6 +55,7 @@ class PolicyReport(BaseModel):
             95 % interval.
         costs: What each training took; of methods that merge, one a preference.
         steering: For each group that was turned, a point a weight, of the method "pmol".
+        steering_gain: Its mean margins at the largest weight less those at the smallest, reward units.
     """
 
     mean: dict[str, Estimate]
@@ -58,6 +63,7 @@ class PolicyReport(BaseModel):
     group_accuracy: dict[str, TaskMetrics] = {}
     costs: dict[str, TrainingCosts] = {}
     steering: dict[str, list[SteeringPoint]] = {}
+    steering_gain: Gains = {}
 
 
 def implicit_margins(logps: Tensor, reference: Tensor, *, beta: float) -> Tensor:
@@ -107,7 +113,8 @@ def evaluate_policies(bench: PolicyBench, folders: Mapping[str, Path]) -> tuple[
     )
     _write(bench, metrics, report)  # before the steering, which takes long
     if "pmol" in folders:
-        report = report.model_copy(update={"steering": _steering(bench, folders["pmol"])})
+        curves, gains = _steering(bench, folders["pmol"])
+        report = report.model_copy(update={"steering": curves, "steering_gain": gains})
         metrics = metrics.model_copy(update={"seconds": bench.run.seconds()})
         _write(bench, metrics, report)
     return metrics, report
@@ -168,8 +175,8 @@ def _interval(bench: PolicyBench, hits: Tensor) -> TaskMetrics:
     return TaskMetrics(accuracy=found.value, low=found.low, high=found.high, pairs=len(hits))
 
 
-def _steering(bench: PolicyBench, folder: Path) -> dict[str, list[SteeringPoint]]:
-    """The curve of each group over the settings' weights, on some test pairs of every preference."""
+def _steering(bench: PolicyBench, folder: Path) -> tuple[dict[str, list[SteeringPoint]], Gains]:
+    """The curve of each group over the settings' weights, on some test pairs of every preference, and what it gains."""
     settings = bench.settings.steering
     rows = [
         row
@@ -179,7 +186,7 @@ def _steering(bench: PolicyBench, folder: Path) -> dict[str, list[SteeringPoint]
         ]
     ]
     if not rows:
-        return {}
+        return {}, {}
     pairs = TokenPairs(rows)
     places = [bench.splits["test"].rows.index(row) for row in rows]
     half = len(bench.splits["test"].rows)
@@ -197,16 +204,30 @@ def _steering(bench: PolicyBench, folder: Path) -> dict[str, list[SteeringPoint]
         return bench.run.step(f"steering_{name}.safetensors", compute, save, load_file, alone=True)
 
     curves: dict[str, list[SteeringPoint]] = {}
+    gains: Gains = {}
     for index, group in enumerate(bench.preferences):
-        curves[group] = []
+        curves[group], of_pairs = [], []
         for weight in settings.weights:
             # At weight 1 nothing is turned, whichever the group.
             name = "1" if weight == 1 else f"{index}_{weight:g}"
             logps = measure({} if weight == 1 else {group: weight}, name)["logps"]
             margins = implicit_margins(logps, reference, beta=bench.settings.training.beta)
             curves[group].append(_point(bench, pairs, weight, margins))
+            of_pairs.append(margins)
+        gains[group] = _gain(bench, pairs, of_pairs[-1] - of_pairs[0])
     draw_steering(curves, bench.run.folder / "steering.png")
-    return curves
+    return curves, gains
+
+
+def _gain(bench: PolicyBench, pairs: TokenPairs, differences: Tensor) -> dict[str, Estimate]:
+    """Mean difference of every preference's pairs, with its interval over prompts."""
+    prompts: dict[str, list[str]] = {p: [] for p in bench.preferences}
+    for row in pairs.rows:
+        prompts[row.preference].append(row.prompt)
+    return {
+        p: Estimate(**bootstrap_interval(values, seed=bench.settings.seed, prompt_ids=prompts[p])._asdict())
+        for p, values in _by_preference(bench, pairs, differences).items()
+    }
 
 
 def _point(bench: PolicyBench, pairs: TokenPairs, weight: float, margins: Tensor) -> SteeringPoint:
