@@ -123,7 +123,7 @@ class JudgeServer:
             while await self._answer(reader, writer):
                 pass
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            pass
+            pass  # the caller has gone, or the server is closing: what tests of faults do to it
         finally:
             self._connections.discard(task)
             writer.close()

@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from trl import DPOConfig, DPOTrainer
+from trl.kernels import ChunkedLogProbFunction
 
 from data_helpers import CHATML, byte_tokenizer
 from prefmoe import connect_preferences, share_prompts
@@ -134,13 +135,22 @@ def test_a_model_of_another_family_runs_as_it_always_did(tmp_path):
     assert shared[3] == plain[3]
 
 
-def test_logits_of_all_tokens_are_not_walked_through_by_trl_on_a_cpu(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise AssertionError("TRL's head was asked")
-
-    trainer = trainer_of(tmp_path, pmol_config())
-    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction.apply", refuse)
-    step(trainer)
+@pytest.mark.parametrize(
+    ("adapter", "options", "asked"),
+    [(pmol_config(), {}, 0), (LORA, {}, 0), (None, {}, 1), (pmol_config(), {"use_weighting": True}, 1)],
+    ids=["pmol", "lora", "a head that learns", "wpo"],
+)
+def test_trls_head_is_asked_only_where_ours_cannot_stand_in(adapter, options, asked, tmp_path, monkeypatch):
+    calls = []
+    plain = ChunkedLogProbFunction.apply
+    monkeypatch.setattr(ChunkedLogProbFunction, "apply", lambda *rest: calls.append(1) or plain(*rest))
+    trainer = trainer_of(tmp_path, copy.deepcopy(adapter), **options)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    labels = batch["input_ids"].where(batch["completion_mask"].bool(), -100)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    model(**inputs, labels=labels, fused_lm_head=True)
+    assert len(calls) == asked
 
 
 def test_the_weights_of_wpo_are_those_of_the_plain_trainer(tmp_path):

@@ -88,6 +88,7 @@ def _tree_logps(model: nn.Module, texts: Sequence[Text], *, routing_mask: bool) 
         # What the ids are, only their shape counts: the model's hooks look at it.
         ids_of_rows = torch.zeros(packing.rows.shape, dtype=torch.long, device=device)
         logits = model(input_ids=ids_of_rows, use_cache=False, **more).logits[0]
+    # A few tokens at a time: float32 logits of all of them take more memory than the rest of the pass.
     of_tokens = torch.cat(
         [
             -F.cross_entropy(part.float(), target, reduction="none")
