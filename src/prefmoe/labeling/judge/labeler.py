@@ -234,9 +234,9 @@ class JudgeLabeler:
         self.out_of_budget = asking.out_of_budget
 
     def _ask_locally(self, questions: Iterable[Question], count: "_Counter") -> None:
-        from prefmoe.labeling.judge.local import (
-            LocalJudge,
-        )  # torch takes seconds, an endpoint needs none of it
+        import torch  # takes seconds, and an endpoint needs none of it
+
+        from prefmoe.labeling.judge.local import LocalJudge
 
         left = self.settings.max_calls
         if left is not None:
@@ -250,7 +250,9 @@ class JudgeLabeler:
             for call in calls:
                 count(call)
 
-        judge = LocalJudge.load(self.settings.judge.removeprefix(LOCAL))
+        judge = LocalJudge.load(
+            self.settings.judge.removeprefix(LOCAL), dtype=getattr(torch, self.settings.dtype)
+        )
         limited = questions if left is None else _first(questions, left)
         judge.ask(limited, record)
         self.out_of_budget = left is not None and count.to_ask > left
@@ -282,7 +284,10 @@ def _name_of(settings: JudgeSettings) -> str:
         return settings.judge
     from prefmoe.labeling.judge.local import version_of
 
-    return f"{settings.judge}@{version_of(settings.judge.removeprefix(LOCAL))}"
+    rounded = (
+        "" if settings.dtype == "float32" else f"-{settings.dtype}"
+    )  # answers another number now and then
+    return f"{settings.judge}@{version_of(settings.judge.removeprefix(LOCAL))}{rounded}"
 
 
 class _Counter:

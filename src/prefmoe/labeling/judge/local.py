@@ -56,21 +56,19 @@ class LocalJudge:
         self._max_length: int = getattr(model.config, "max_position_embeddings", None) or 2**31
 
     @classmethod
-    def load(cls, name: str) -> "LocalJudge":
-        """The judge of a folder, a known name such as `smollm2-135m`, or a hub id.
+    def load(cls, name: str, *, dtype: torch.dtype = torch.float32) -> "LocalJudge":
+        """The judge of a folder, a GGUF file, a known name such as `smollm2-135m`, or a hub id.
 
         Numerics:
-            In float32: bfloat16 rounds logits of about 16 to a sixteenth of a nat or more, which is as much as the two
-            orders of a weak judge differ by.
+            The head is float32 whatever `dtype` is: bfloat16 rounds logits of about 16 to a sixteenth of a nat or more,
+            which is as much as the two orders of a weak judge differ by, and makes ties of near answers.
 
         Raises:
             ConfigError: there is no such model, or it has no tokenizer.
         """
         try:
             where = resolve_backbone(name)
-            model, loaded = AutoModelForCausalLM.from_pretrained(
-                where, dtype=torch.float32, output_loading_info=True
-            )
+            model, loaded = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(where)
         except (ImportError, OSError, ValueError) as problem:
             raise _cannot_be_loaded(name, problem) from problem
@@ -79,6 +77,7 @@ class LocalJudge:
             raise ConfigError(
                 f"local judge {name!r} lacks {len(missing)} tensors: {missing[:3]}; is it a language model?"
             )
+        _widen_head(model)
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
 
     def ask(self, questions: Iterable[Question], record: Callable[[Sequence[Call]], None]) -> None:
@@ -188,6 +187,17 @@ class LocalJudge:
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         device = self._model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _widen_head(model: PreTrainedModel) -> None:
+    """A float32 head on a body of any dtype; embeddings that were tied to it stay as they are."""
+    head = model.get_output_embeddings()
+    if head.weight.dtype == torch.float32:
+        return
+    head.weight = torch.nn.Parameter(head.weight.detach().float(), requires_grad=False)
+    if getattr(head, "bias", None) is not None:
+        head.bias = torch.nn.Parameter(head.bias.detach().float(), requires_grad=False)
+    head.register_forward_pre_hook(lambda _, states: (states[0].float(),))
 
 
 def version_of(name: str) -> str:

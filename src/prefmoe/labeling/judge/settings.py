@@ -1,6 +1,6 @@
 """What a person can choose about a judge; the command line and training configs share it."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,10 +17,15 @@ class JudgeSettings(BaseModel):
     judge: str = Field(
         min_length=1,
         description="model of an OpenAI-compatible endpoint, or `local:NAME` for one that runs here: a folder, "
-        "`smollm2-135m`, a hub id",
+        "a GGUF file, `smollm2-135m`, a hub id",
     )
     base_url: str | None = Field(
         None, description="address up to `/v1`; without it OPENAI_BASE_URL counts, else OpenAI's"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of a local judge; `bfloat16` halves its memory and is faster where the machine has units for "
+        "it, but blurs the answers of a weak judge",
     )
     language: Language = Field("en", description="of the questions")
     ties: bool = Field(True, description="whether the judge may say that neither side is better")
@@ -75,6 +80,8 @@ class JudgeSettings(BaseModel):
             )
         if self.is_local and self.base_url is not None:
             raise ValueError(f"base_url does not go with {self.judge!r}; drop one of the two")
+        if not self.is_local and self.dtype != "float32":
+            raise ValueError(f"dtype goes with a local judge only; {self.judge!r} runs at its endpoint")
         if self.calibrate and not (self.is_local or self.confidence):
             raise ValueError("calibrate needs probabilities; add confidence, or take a local judge")
         return self
