@@ -32,9 +32,20 @@ def test_every_point_is_asked_in_both_orders():
 
 def test_questions_on_the_same_texts_begin_alike():
     wit, _, brevity, _ = questions(pair())
-    shared = wit.user.index("Point: ")
+    shared = wit.user.index('"It is funny."')
     assert wit.user[:shared] == brevity.user[:shared]
-    assert wit.user[shared:].startswith("Point: It is funny.")
+
+
+def test_no_form_of_a_single_answer_is_shown_which_a_small_model_would_repeat():
+    for asked in (questions(pair())[0], questions(pair(), wording=Wording("zh"))[0]):
+        ending = asked.user[asked.user.index(asked.ending) :]
+        assert "{" not in ending
+        assert all(f'"{answer}"' not in ending for answer in asked.allowed)
+
+
+def test_a_tie_is_named_only_where_it_may_be_answered():
+    assert "0" in questions(pair())[0].ending
+    assert "0" not in questions(pair(), wording=Wording(ties=False))[0].ending
 
 
 def test_one_call_may_ask_several_points():
@@ -103,7 +114,7 @@ def test_braces_in_texts_and_points_are_text():
 
 def test_chinese_questions_use_chinese_words_and_sentences():
     asked = question(wording=Wording("zh"))
-    assert "要点：它很有趣。" in asked.user
+    assert "“它很有趣。”" in asked.user
     assert "助手" not in asked.user
     assert "Point" not in asked.user
 

@@ -284,10 +284,9 @@ def _name_of(settings: JudgeSettings) -> str:
         return settings.judge
     from prefmoe.labeling.judge.local import version_of
 
-    rounded = (
-        "" if settings.dtype == "float32" else f"-{settings.dtype}"
-    )  # answers another number now and then
-    return f"{settings.judge}@{version_of(settings.judge.removeprefix(LOCAL))}{rounded}"
+    # Another dtype may answer otherwise, so it is another judge.
+    suffix = "" if settings.dtype == "float32" else f"-{settings.dtype}"
+    return f"{settings.judge}@{version_of(settings.judge.removeprefix(LOCAL))}{suffix}"
 
 
 class _Counter:

@@ -26,8 +26,10 @@ class Template(NamedTuple):
     """Fixed words of one language; `{}` is where something is filled in.
 
     Attributes:
-        reply_one: How to answer on one point. `reply_many`: on several, with an example.
-        answers: The answers by name, for either; `answers_with_tie`: where ties are allowed.
+        one_point: The question on one point; `one_point_with_tie`: where ties are allowed. No form of the reply is
+            shown, for a small model repeats what it is shown (docs/results.md, "Capability labels").
+        many_points: The points, if they are several; `reply_many`: how to answer on them, with an example.
+        answers: The answers by name, on several points; `answers_with_tie`: where ties are allowed.
     """
 
     system: str
@@ -35,8 +37,8 @@ class Template(NamedTuple):
     roles: Mapping[str, str]
     texts: str
     one_point: str
+    one_point_with_tie: str
     many_points: str
-    reply_one: str
     reply_many: str
     answers: str
     answers_with_tie: str
@@ -53,12 +55,12 @@ TEMPLATES: dict[Language, Template] = {
         roles={"system": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"},
         texts="[Conversation]\n{}\n[End of conversation]\n\n[Answer 1]\n{}\n[End of answer 1]\n\n"
         "[Answer 2]\n{}\n[End of answer 2]",
-        one_point="Point: {}",
-        many_points="Points:\n{}",
-        reply_one=(
-            'Which answer does better on this point? Reply with {} and nothing else; as {{"answer": "1"}} if the '
-            "reply must be JSON."
+        one_point='"{}" Of which answer is this more true, Answer 1 or Answer 2? Reply with its number only.',
+        one_point_with_tie=(
+            '"{}" Of which answer is this more true, Answer 1 or Answer 2? Reply with its number only, or with 0 if '
+            "there is no difference."
         ),
+        many_points="Points:\n{}",
         reply_many=(
             "Which answer does better on each point? Judge every point on its own. For each the value is {}. Reply "
             "with this JSON object, filled in, and nothing else: {}"
@@ -75,9 +77,9 @@ TEMPLATES: dict[Language, Template] = {
         task="对话类型：{}",
         roles={"system": "系统", "user": "用户", "assistant": "助手", "tool": "工具"},
         texts="【对话】\n{}\n【对话结束】\n\n【回答1】\n{}\n【回答1结束】\n\n【回答2】\n{}\n【回答2结束】",
-        one_point="要点：{}",
+        one_point="“{}”这句话更符合哪个回答，回答1还是回答2？只回复它的编号。",
+        one_point_with_tie="“{}”这句话更符合哪个回答，回答1还是回答2？只回复它的编号；如果没有差别，只回复0。",
         many_points="要点：\n{}",
-        reply_one='在这个要点上哪个回答更好？只回复{}，不要输出其他内容；如果必须输出 JSON，则写成 {{"answer": "1"}}。',
         reply_many=(
             "在每个要点上哪个回答更好？每个要点单独判断，取值为{}。只回复填好的这个 JSON 对象，"
             "不要输出其他内容：{}"
@@ -136,14 +138,13 @@ class Wording:
         """What follows the texts: the points, and how to reply."""
         template = TEMPLATES[self.language]
         sentences = {point: self.sentence(task, point) for point in points}
-        answers = template.answers_with_tie if self.ties else template.answers
         if len(points) == 1:
-            parts = [template.one_point.format(*sentences.values()), template.reply_one.format(answers)]
-        else:
-            listed = "\n".join(f"{point}: {sentence}" for point, sentence in sentences.items())
-            example = json.dumps(dict.fromkeys(points, "?"), ensure_ascii=False)
-            parts = [template.many_points.format(listed), template.reply_many.format(answers, example)]
-        return "\n\n".join(parts)
+            question = template.one_point_with_tie if self.ties else template.one_point
+            return question.format(*sentences.values())
+        answers = template.answers_with_tie if self.ties else template.answers
+        listed = "\n".join(f"{point}: {sentence}" for point, sentence in sentences.items())
+        example = json.dumps(dict.fromkeys(points, "?"), ensure_ascii=False)
+        return f"{template.many_points.format(listed)}\n\n{template.reply_many.format(answers, example)}"
 
     def description(self, task: Task) -> str:
         """What kind of conversation the task is about, in the language asked for."""
