@@ -486,7 +486,7 @@ def test_a_local_judge_uses_the_same_store_and_report(desk, tmp_path):
     assert re.search(r"labels\W+soft\b", run_cli("label", "report", desk.out).stderr)
 
 
-def test_another_model_in_the_folder_of_a_local_judge_is_asked_anew(desk, tmp_path):
+def test_another_model_in_the_folder_of_a_local_judge_or_another_dtype_is_asked_anew(desk, tmp_path):
     local = save_local_judge(tmp_path / "model")
     assert "24 of 24 calls" in desk.label(judge=local).stderr
     (tmp_path / "model" / "notes.txt").write_text("no part of the model")
@@ -495,8 +495,9 @@ def test_another_model_in_the_folder_of_a_local_judge_is_asked_anew(desk, tmp_pa
     save_local_judge(tmp_path / "model", seed=1)
     assert desk.label("--dry-run", judge=local).stdout.startswith("calls: 24 (0 more")
     assert "24 of 24 calls" in desk.label(judge=local).stderr
+    assert "24 of 24 calls" in desk.label("--dtype", "bfloat16", judge=local).stderr
     report = json.loads(run_cli("label", "report", desk.out, "--json").stdout)
-    assert len(report["judges"]) == 2  # both models, told apart
+    assert len(report["judges"]) == 3  # both models and the second one rounded, told apart
 
 
 def test_a_report_compares_judges_and_rows(desk):
@@ -588,6 +589,8 @@ BAD_INPUT = [
     (("--max-usd", "1"), ("--judge", "m"), 2, "max_usd needs input_price and output_price; look them up"),
     (("--points-per-call", "2"), ("--judge", "local:x"), 2, "points_per_call above 1 needs an endpoint"),
     (("--base-url", "http://x"), ("--judge", "local:x"), 2, "base_url does not go with 'local:x'"),
+    (("--dtype", "bfloat16"), ("--judge", "m"), 2, "dtype goes with a local judge only; 'm' runs at its"),
+    (("--dtype", "int4"), ("--judge", "local:x"), 2, "--dtype"),
     (("--calibrate",), ("--judge", "m"), 2, "calibrate needs probabilities; add confidence"),
     (("--limit", "0"), ("--judge", "m"), 2, "--limit"),
     (("--point", "wti"), ("--judge", "m"), 4, "point 'wti' is not in the tasks file; did you mean 'wit'?"),

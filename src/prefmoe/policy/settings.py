@@ -44,7 +44,7 @@ class DataSettings(Section):
 class ModelSettings(Section):
     """The language model to align; it is the reference, too."""
 
-    name: str = Field("smollm2-135m", description="folder, known name or hub id")
+    name: str = Field("smollm2-135m", description="folder, GGUF file, known name or hub id")
     dtype: DtypeName = Field("auto", description=DTYPE_HELP)
     max_length: int = Field(
         1024, ge=8, description="tokens of a text; longer ones lose the prompt's beginning"

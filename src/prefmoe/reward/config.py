@@ -21,7 +21,7 @@ class DMoERMConfig(PreTrainedConfig):
     Args:
         text_config: Config of the backbone, already cut to its first layers.
         method: What it was trained as, such as "single_wide"; None in models saved before this was written.
-        backbone: Where the frozen weights come from: a folder, a known name or a hub id.
+        backbone: Where the frozen weights come from: a folder, a GGUF file, a known name or a hub id.
         backbone_hash: Hash of the frozen weights that the experts were trained on.
         includes_backbone: True if the saved folder holds the frozen weights too.
         tasks: For every task the names of its capabilities, possibly none.

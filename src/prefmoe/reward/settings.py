@@ -71,7 +71,7 @@ class DataSettings(Section):
 class BackboneSettings(Section):
     """The frozen transformer."""
 
-    name: str = Field("smollm2-135m", description="folder, known name or hub id")
+    name: str = Field("smollm2-135m", description="folder, GGUF file, known name or hub id")
     num_layers: int | None = Field(None, ge=1, description="keep only the first ones")
     dtype: DtypeName = Field("auto", description=DTYPE_HELP)
     max_length: int = Field(1024, ge=8, description="tokens of a text; longer ones are cut")
