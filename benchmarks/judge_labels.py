@@ -1,7 +1,7 @@
 r"""Phase 2 trained on rules, on a judge's labels, and on both: the same pairs, only the training labels differ.
 
     prefmoe label ../shared/data/preferences/train.jsonl.gz -o runs/labels/train.jsonl --tasks configs/tasks-real.yaml \
-        --judge local:smollm2-135m --limit 300 --no-ties --max-characters 240 --calibrate
+        --judge MODEL --limit 300 --no-ties --max-characters 600 --confidence
     python benchmarks/judge_labels.py runs/labels/train.jsonl [--config configs/real-cpu.yaml] [--out FILE.json]
     python benchmarks/judge_labels.py runs/labels/train.jsonl --soft-labels --folder runs/judge-soft
     python benchmarks/judge_labels.py --simulate 0.8 --folder runs/judge-simulated
