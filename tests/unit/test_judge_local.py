@@ -148,19 +148,23 @@ def test_in_bfloat16_only_the_body_is_rounded(model, tmp_path):
     judge = LocalJudge.load(str(tmp_path), dtype=torch.bfloat16)
     body, head = judge._model.get_input_embeddings(), judge._model.get_output_embeddings()
     assert (body.weight.dtype, head.weight.dtype) == (torch.bfloat16, torch.float32)
+    with torch.inference_mode():
+        logits = judge._model(torch.tensor([[1, 2, 3]])).logits
+    assert logits.dtype == torch.float32
+    assert (logits != logits.bfloat16()).any(), "the logits were rounded"
     calls, _ = asked(judge, all_questions(1))
     expected, _ = asked(LocalJudge.load(str(tmp_path)), all_questions(1))
     for key, call in calls.items():
         rounded = call.answers[key[1]].probabilities
         assert rounded != expected[key].answers[key[1]].probabilities
         assert rounded == pytest.approx(expected[key].answers[key[1]].probabilities, abs=0.2)
-        odds = math.log(rounded[0] / rounded[1])
-        assert odds != float(torch.tensor(odds).bfloat16()), "the logits were rounded"
 
 
 def test_a_name_that_leads_nowhere_and_a_body_without_a_head(tmp_path):
     with pytest.raises(ConfigError, match="local judge './nowhere' cannot be loaded"):
         LocalJudge.load("./nowhere")
+    with pytest.raises(ConfigError, match=r"'none.gguf' cannot be loaded: there is no such file"):
+        LocalJudge.load("none.gguf")
     tiny_backbone().save_pretrained(tmp_path)
     byte_tokenizer(CHATML).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"lacks 1 tensors: \['lm_head.weight'\]; is it a language model"):
