@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args(argv)
     backbone = backbone_of(arguments, device_at_hand())
-    model = random_reward_model(backbone, experts=arguments.experts, split_layer=arguments.split_layer)
+    scored, trained = (
+        random_reward_model(backbone, experts=arguments.experts, split_layer=arguments.split_layer)
+        for _ in range(2)
+    )
     texts = made_up_texts(
         arguments.prompts,
         2,
@@ -60,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
         vocabulary=backbone.config.vocab_size,
     )
     works = {
-        "scoring": lambda: expert_rewards(model, texts, arguments.batch_tokens),
-        "training step": training_step(model, texts, arguments.batch_tokens),
+        "scoring": lambda: expert_rewards(scored, texts, arguments.batch_tokens),
+        "training step": training_step(trained, texts, arguments.batch_tokens),
     }
     result: dict[str, object] = {
         "what": "shares of the operations' own time, by kind",
@@ -77,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
 
 def training_step(model, texts: Sequence[Encoded], batch_tokens: int) -> Callable[[], None]:
     """A step on cached trunk states, the first completion of a prompt chosen, experts in turn."""
+    model.experts.store_in(torch.float32)
     model.experts.requires_grad_(True)
     module = PairModule(model.backbone, model.experts)
     optimizer = torch.optim.AdamW(model.experts.parameters(), lr=1e-5)

@@ -21,15 +21,12 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
-from datasets import Dataset
-from harness.peers import lora_config, new_classifier
+from harness.peers import classifier_lora, new_classifier, trl_trainer
 from harness.timing import Times, against, machine, seconds_of, write_result
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
-from transformers import PrinterCallback
-from trl import RewardConfig, RewardTrainer
 
 from prefmoe.cli.progress import StepProgress
 from prefmoe.data.world import World
@@ -59,7 +56,7 @@ NOTES = [
     "trl: RewardTrainer once per expert, in batches of our size; no router and no aggregators",
     "not counted for the peers: the router, validation, loading the backbone for every run, fitting the aggregator",
     "not counted for anybody: reading, labelling and tokenizing the pairs",
-    "accuracy: `prefmoe reward eval FOLDER/dmoerm FILE`; that of the peers is not measured",
+    "accuracy: `prefmoe reward eval FOLDER/dmoerm FILE`; TRL's: benchmarks/trl_accuracy.py",
 ]
 TIMED = "training"  # our entry in the seconds of the run folder
 
@@ -177,23 +174,10 @@ def work_of(bench: Workbench) -> Work:
     )
 
 
-def peer_model(bench: Workbench, **options: object):
-    """What both peers train: a classifier, and LoRA of our size on our layers."""
-    sizes = bench.settings.experts
-    config = lora_config(
-        rank=sizes.rank,
-        alpha=sizes.alpha,
-        layers=range(sizes.split_layer, len(bench.backbone.layers)),
-        target_modules=sizes.target_modules,
-        task_type="SEQ_CLS",
-        **options,
-    )
-    return new_classifier(bench.backbone), config
-
-
 def time_peers(bench: Workbench, rows: Sequence[PairRow], repeats: int) -> Times:
     """Seconds of the slice, peer by peer and repeat by repeat."""
-    model = get_peft_model(*peer_model(bench))
+    lora = classifier_lora(bench.settings.experts, len(bench.backbone.layers))
+    model = get_peft_model(new_classifier(bench.backbone), lora)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
     ids = {
         text: torch.tensor([bench.table.texts[text].input_ids], device=bench.backbone.device)
@@ -206,7 +190,14 @@ def time_peers(bench: Workbench, rows: Sequence[PairRow], repeats: int) -> Times
         times["release"].append(seconds_of(partial(release_steps, model, optimizer, rows, ids)))
         times["release_phase3"].append(seconds_of(partial(release_features, model, rows, ids)))
         with TemporaryDirectory() as folder:
-            trainer = trl_trainer(bench, rows, folder)
+            trainer = trl_trainer(
+                bench.backbone,
+                bench.tokenizer,
+                bench.settings.experts,
+                [(bench.table.texts[row.chosen], bench.table.texts[row.rejected]) for row in rows],
+                folder,
+                batch_pairs=bench.settings.phase1.batch_pairs,
+            )
             times["trl"].append(seconds_of(trainer.train))
     return times
 
@@ -226,43 +217,6 @@ def release_features(model, rows: Sequence[PairRow], ids: dict[int, torch.Tensor
     for row in rows:
         for text in row[:2]:
             model(input_ids=ids[text], use_cache=False)
-
-
-def trl_trainer(bench: Workbench, rows: Sequence[PairRow], folder: str) -> RewardTrainer:
-    model, config = peer_model(bench)
-    texts = bench.table.texts
-    dataset = Dataset.from_list(
-        [
-            {
-                "chosen_ids": list(texts[row.chosen].input_ids),
-                "rejected_ids": list(texts[row.rejected].input_ids),
-            }
-            for row in rows
-        ]
-    )
-    arguments = RewardConfig(
-        output_dir=folder,
-        num_train_epochs=1,
-        per_device_train_batch_size=bench.settings.phase1.batch_pairs,
-        max_length=None,
-        gradient_checkpointing=False,  # TRL's default; costs a third more time
-        bf16=False,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        use_cpu=bench.backbone.device.type == "cpu",
-    )
-    trainer = RewardTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=dataset,
-        processing_class=bench.tokenizer,
-        peft_config=config,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def report(

@@ -84,6 +84,7 @@ def random_reward_model(
             bank.B.copy_(torch.randn(bank.B.shape, generator=generator) * 0.02)
         heads = model.experts.head_weight
         heads.copy_(torch.randn(heads.shape, generator=generator) / heads.shape[1] ** 0.5)
+    model.experts.store_in(backbone.dtype)  # as `RewardModel.load` does
     return model.requires_grad_(False).eval().to(backbone.device)
 
 

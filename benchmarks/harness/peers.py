@@ -4,12 +4,20 @@ import copy
 from collections.abc import Iterator, Sequence
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+)
+from trl import RewardConfig, RewardTrainer
 
 from prefmoe.data.render import Encoded
 from prefmoe.reward.model import DMoERMForSequenceClassification
+from prefmoe.reward.settings import ExpertSettings
 
 PADDING = 0  # no text holds it
 
@@ -66,8 +74,71 @@ def as_sequence_classifier(
     return peer.requires_grad_(False).eval()
 
 
+def trl_trainer(
+    backbone: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sizes: ExpertSettings,
+    pairs: Sequence[tuple[Encoded, Encoded]],
+    folder: str,
+    *,
+    batch_pairs: int,
+    **options: object,
+) -> RewardTrainer:
+    """TRL's RewardTrainer of one reward model: a classifier with LoRA of our size on our layers, for one epoch.
+
+    Args:
+        backbone: Copied.
+        tokenizer: The backbone's.
+        sizes: Of our experts.
+        pairs: Chosen and rejected.
+        folder: Where the Trainer writes.
+        batch_pairs: Pairs a step.
+        options: More of `RewardConfig`.
+    """
+    config = classifier_lora(sizes, len(backbone.layers))
+    dataset = [
+        {"chosen_ids": list(chosen.input_ids), "rejected_ids": list(rejected.input_ids)}
+        for chosen, rejected in pairs
+    ]
+    arguments = RewardConfig(
+        output_dir=folder,
+        num_train_epochs=1,
+        per_device_train_batch_size=batch_pairs,
+        max_length=None,
+        gradient_checkpointing=False,  # TRL's default; costs a third more time
+        bf16=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=backbone.device.type == "cpu",
+        **options,
+    )
+    trainer = RewardTrainer(
+        model=new_classifier(backbone),
+        args=arguments,
+        train_dataset=Dataset.from_list(dataset),
+        processing_class=tokenizer,
+        peft_config=config,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def classifier_lora(sizes: ExpertSettings, num_layers: int) -> LoraConfig:
+    """LoRA of our experts' size on their layers, for a sequence classifier."""
+    return lora_config(
+        rank=sizes.rank,
+        alpha=sizes.alpha,
+        layers=range(sizes.split_layer, num_layers),
+        target_modules=sizes.target_modules,
+        task_type="SEQ_CLS",
+    )
+
+
 def padded_batches(
-    texts: Sequence[Encoded], max_tokens: int, device: torch.device
+    texts: Sequence[Encoded], max_tokens: int, device: torch.device, *, padding: int = PADDING
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """(texts, ids, mask): similar lengths together, padded on the right, within a budget of tokens."""
     lengths = [len(text.input_ids) for text in texts]
@@ -76,7 +147,7 @@ def padded_batches(
         size = max(1, max_tokens // lengths[left[0]])
         members, left = left[:size], left[size:]
         rows = [torch.tensor(texts[i].input_ids) for i in members]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
         mask = (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long()
         yield members, ids.to(device), mask.to(device)
 
@@ -122,10 +193,13 @@ def rewards_by_mixed_batch(
 
 
 @torch.inference_mode()
-def rewards_by_classifier(peer: PreTrainedModel, texts: Sequence[Encoded], max_tokens: int) -> Tensor:
+def rewards_by_classifier(
+    peer: PreTrainedModel | PeftModel, texts: Sequence[Encoded], max_tokens: int
+) -> Tensor:
     """What one sequence-classification model says; shape (texts,)."""
     rewards = torch.empty(len(texts))
-    for members, ids, mask in padded_batches(texts, max_tokens, peer.device):
+    padding = peer.config.pad_token_id  # by which the model finds the last token
+    for members, ids, mask in padded_batches(texts, max_tokens, peer.device, padding=padding):
         rewards[members] = (
             peer(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float().cpu()
         )

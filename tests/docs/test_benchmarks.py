@@ -16,6 +16,7 @@ import scoring_speed
 import time_shares
 import torch
 import training_speed
+import trl_accuracy
 import yaml
 from judge_labels import KINDS
 
@@ -23,10 +24,11 @@ from cli_helpers import pair_rows, write_config
 from data_helpers import CHATML, byte_tokenizer, write_rows
 from prefmoe.reward.assemble import TaskAggregator, assemble_model, expert_states
 from prefmoe.reward.evaluate import margins_by_task, score_pairs
-from prefmoe.reward.phases import ALL, make_folds
+from prefmoe.reward.phases import ALL, make_folds, pairs_of, select_rows
 from prefmoe.reward.settings import load_settings
 from prefmoe.reward.splits import read_splits
 from prefmoe.reward.train import train_models, train_phases, validation_features
+from prefmoe.reward.workbench import build_workbench
 from tiny import tiny_backbone, tiny_language_model
 from tiny_run import tiny_bench, tiny_settings
 
@@ -212,6 +214,54 @@ def test_judge_labels_differ_in_the_training_labels_only(small_config, tmp_path)
     assert train["judge"] == [row["capabilities"] for row in judged]
     assert train["rules"] == [{"short": -1}] * 16
     assert train["both"] == [labels or {"short": -1} for labels in train["judge"]]
+
+
+@pytest.mark.slow
+def test_trl_accuracy_on_the_pairs_of_a_run(small_config, tmp_path, monkeypatch):
+    run, out = tmp_path / "run", tmp_path / "result.json"
+    train_models(build_workbench(load_settings(small_config, ["methods=[dmoerm]"], out=run)))
+    options = [str(run), "--folder", str(tmp_path / "trl"), "--test", str(tmp_path / "test.jsonl")]
+    first = trl_accuracy.main([*options, "--rates", "1e-3", "1e-2", "--out", str(out)])
+    assert json.loads(out.read_text())["training_pairs"] == 8  # half of them, as the experts
+    rates = first["mix_on_validation_pairs"]
+    assert set(rates) == {1e-3, 1e-2}
+    assert rates[first["learning_rate"]] == max(rates.values())
+    methods = first["test"]["methods"]
+    assert set(methods) == {"dmoerm", "trl_mix", "trl_per_task"}
+    for found in methods.values():
+        assert {task: row["pairs"] for task, row in found["tasks"].items()} == {"advice": 4, "facts": 4}
+    monkeypatch.setattr(trl_accuracy, "trl_trainer", None)  # nothing is trained twice
+    again = trl_accuracy.main([*options, "--rates", "1e-3", "1e-2"])
+    assert again["test"]["methods"] == methods
+
+
+def test_trl_trains_on_what_the_experts_of_a_run_train_on(small_config, tmp_path):
+    changes = ["phase3.split=paper", "phase3.expert_fraction=0.5", "data.max_pairs_per_task=6"]
+    settings = load_settings(small_config, changes, out=tmp_path / "run")
+    bench = build_workbench(settings)
+    wanted = select_rows(bench.train, pairs_of(fold=make_folds(bench)[0]))
+    found = trl_accuracy.Peer(
+        load_settings(small_config, changes, out=tmp_path / "trl"), tmp_path / "test.jsonl"
+    )
+    assert [row.prompt for row in found.splits["train"].rows] == [row.prompt for row in wanted]
+    assert 0 < len(wanted) < len(bench.train.rows) == 12
+    assert len(found.splits["validation"].rows) == len(bench.validation.rows)
+
+
+@pytest.mark.slow
+def test_a_saved_trl_model_scores_as_the_trained_one_does(small_config, tmp_path):
+    peer = trl_accuracy.Peer(load_settings(small_config, [], out=tmp_path / "trl"), tmp_path / "test.jsonl")
+    trainer = peer._trainer(peer.splits["train"], 0.05, str(tmp_path / "there"))
+    trainer.train()
+    test = peer.splits["test"]
+    wanted = []
+    for row in test.rows:
+        ids = [torch.tensor([peer.table.texts[text].input_ids]) for text in row[:2]]
+        chosen, rejected = (trainer.model.eval()(input_ids=side).logits.item() for side in ids)
+        wanted.append(chosen - rejected)
+    found = peer.margins(trl_accuracy.MIX, 0.05, "test")
+    assert [m for row in found.values() for m in row] == pytest.approx(wanted, abs=1e-5)
+    assert max(map(abs, wanted)) > 1e-3
 
 
 def test_a_simulated_judge_errs_as_arithmetic_says(small_config, tmp_path):

@@ -9,6 +9,7 @@ from data_helpers import CHATML, STRICT, assistant, byte_tokenizer, user
 from prefmoe.data.render import Renderer
 from prefmoe.errors import CheckpointError, DataError
 from prefmoe.records import Completion, Message
+from prefmoe.reward.model import DMoERMForSequenceClassification
 from prefmoe.reward.score import RewardModel, score_texts
 from prefmoe.reward.texts import TextTable
 from prefmoe.reward.trunk import Trunk
@@ -143,6 +144,22 @@ def folder(tmp_path):
 
 def test_a_saved_model_gives_the_same_reports(folder):
     assert RewardModel.load(folder).score(COMPLETIONS) == reward_model().score(COMPLETIONS)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["LoRA", "full deltas"])
+def test_experts_stored_as_they_compute_give_the_same_reports_bit_for_bit(tmp_path, dense):
+    model = network(dense_tasks=dense)
+    model.backbone.to(torch.bfloat16)
+    model.save_pretrained(tmp_path, include_backbone=True)
+    byte_tokenizer(CHATML).save_pretrained(tmp_path)
+    kept = DMoERMForSequenceClassification.from_pretrained(tmp_path)
+    loaded = RewardModel.load(tmp_path)
+    banks = [*loaded.model.experts.sites.parameters(), *loaded.model.experts.dense.parameters()]
+    assert {p.dtype for p in banks} == {torch.bfloat16}
+    assert {p.dtype for p in kept.experts.parameters()} == {torch.float32}
+    assert loaded.model.experts.head_weight.dtype == torch.float32
+    assert loaded.score(COMPLETIONS) == RewardModel(kept, renderer()).score(COMPLETIONS)
+    assert len({report.reward for report in loaded.score(COMPLETIONS)}) == len(COMPLETIONS)
 
 
 def test_another_chat_template_is_refused():

@@ -132,12 +132,13 @@ class RewardModel:
 
     @classmethod
     def load(cls, folder: str | Path, *, batch_tokens: int = 8192) -> "RewardModel":
-        """Loads a model and the tokenizer beside it, to the GPU if there is one.
+        """Loads a model and the tokenizer beside it, to the GPU if there is one, its experts in the backbone's dtype.
 
         Raises:
             CheckpointError: something is missing or does not fit together.
         """
         model = DMoERMForSequenceClassification.from_pretrained(folder)
+        model.experts.store_in(model.backbone.dtype)
         if torch.cuda.is_available():
             model = model.cuda()
         try:
