@@ -5,9 +5,11 @@ import torch
 from peft import get_peft_model
 
 from prefmoe.nn import ExpertGroups, TokenRouter, group_log_masses
+from prefmoe.policy import router_start
 from prefmoe.policy.inspect import inspect_routing
 from prefmoe.policy.layer import PMoLLinear
 from prefmoe.policy.pairs import Text
+from prefmoe.policy.router_start import _fit as fit
 from prefmoe.policy.router_start import fit_router_starts, start_routers
 from tiny_policy import pmol_config, tiny_lm
 
@@ -93,6 +95,25 @@ def test_noise_is_met_with_the_stronger_penalty():
     noise, truth = (fit_router_starts(untrained(), made, labels) for labels in (lots, names))
     for name, rows in truth.items():
         assert noise[name].norm() < 0.3 * rows.norm()
+
+
+def test_routers_that_see_the_same_are_fitted_once_and_as_if_each_were_alone(monkeypatch):
+    made, names = texts(40)
+    number = {}
+    for kind, distinct in {
+        "once": router_start._distinct,
+        "each": lambda features: [([name], rows) for name, rows in features.items()],
+    }.items():
+        fits = []
+        monkeypatch.setattr(router_start, "_distinct", distinct)
+        monkeypatch.setattr(router_start, "_fit", lambda *a, fits=fits, **k: fits.append(0) or fit(*a, **k))
+        model = untrained(router_scope="linear", target_modules="all-linear")
+        starts = fit_router_starts(model, made, names)
+        number[kind] = (len(fits), starts)
+    (once, shared), (each, alone) = number["once"], number["each"]
+    assert once / each == 4 / 7  # what attention, its output, the MLP and its output see
+    assert shared.keys() == alone.keys()
+    assert all(torch.equal(rows, alone[name]) for name, rows in shared.items())
 
 
 def test_some_tokens_of_many_texts_are_enough(monkeypatch):

@@ -60,12 +60,24 @@ def fit_router_starts(
     folds = {prompt: i % _FOLDS for i, prompt in enumerate(dict.fromkeys(text.prompt_ids for text in texts))}
     held = torch.tensor([folds[text.prompt_ids] == 0 for text in texts])
     labels, held = labels.repeat_interleave(counts), held.repeat_interleave(counts)
-    features = {name: torch.cat(by_text) for name, by_text in seen.items()}
+    features = _distinct({name: torch.cat(by_text) for name, by_text in seen.items()})
     fit = partial(_fit, num_groups=len(groups.names), smoothing=smoothing)
     penalty = _PENALTIES[1]
     if not held.all():
         penalty = min(_PENALTIES, key=lambda l2: _held_out_loss(features, labels, held, partial(fit, l2=l2)))
-    return {name: fit(rows, labels, l2=penalty) for name, rows in features.items()}
+    starts = [(names, fit(rows, labels, l2=penalty)) for names, rows in features]
+    return {name: start.clone() for names, start in starts for name in names}
+
+
+def _distinct(features: Mapping[str, Tensor]) -> list[tuple[list[str], Tensor]]:
+    """Names of neighbors that see the same (q, k and v; gate and up) with what they see, to be fitted once."""
+    found: list[tuple[list[str], Tensor]] = []
+    for name, rows in features.items():
+        if found and rows.shape == found[-1][1].shape and torch.equal(rows, found[-1][1]):
+            found[-1][0].append(name)
+        else:
+            found.append(([name], rows))
+    return found
 
 
 def _what_routers_see(
@@ -94,14 +106,17 @@ def _what_routers_see(
 
 
 def _held_out_loss(
-    features: Mapping[str, Tensor], labels: Tensor, held: Tensor, fit: Callable[[Tensor, Tensor], Tensor]
+    features: Sequence[tuple[Sequence[str], Tensor]],
+    labels: Tensor,
+    held: Tensor,
+    fit: Callable[[Tensor, Tensor], Tensor],
 ) -> float:
     """Mean cross-entropy over routers, of the rows that were not fitted."""
     losses = [
-        F.cross_entropy(rows[held] @ fit(rows[~held], labels[~held]).T, labels[held])
-        for rows in features.values()
+        (len(names), F.cross_entropy(rows[held] @ fit(rows[~held], labels[~held]).T, labels[held]).item())
+        for names, rows in features
     ]
-    return torch.stack(losses).mean().item()
+    return sum(count * loss for count, loss in losses) / sum(count for count, _ in losses)
 
 
 def _fit(features: Tensor, labels: Tensor, *, num_groups: int, smoothing: float, l2: float) -> Tensor:
