@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from prefmoe.nn import token_logprobs
+from prefmoe.nn import scored_logprobs, token_logprobs
 from reference import token_logprobs as slow
 
 
@@ -32,6 +32,16 @@ def test_it_equals_the_slow_form_however_it_is_cut(max_logits):
         for scale, state, target in zip(scales.tolist(), states.tolist(), targets.tolist(), strict=True)
     ]
     torch.testing.assert_close(states.grad, torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_logits", [1, 25, 2**22])
+def test_scored_alone_they_are_the_same(max_logits):
+    states, weight, targets = made_up()
+    found = scored_logprobs(states.requires_grad_(), weight, targets, max_logits=max_logits)
+    expected = [row[0] for row in slow.token_logprobs(states.tolist(), weight.tolist(), targets.tolist())]
+    torch.testing.assert_close(found.double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-5)
+    assert not found.requires_grad
+    assert scored_logprobs(states[:0], weight, targets[:0]).shape == (0,)
 
 
 def test_bfloat16_gradients_are_no_further_off_than_those_of_kept_logits():

@@ -16,7 +16,7 @@ from prefmoe.backbone.layers import TESTED_FAMILIES
 from prefmoe.policy.inspect import inspect_routing
 from prefmoe.policy.logps import completion_logps
 from prefmoe.policy.pairs import Text
-from prefmoe.policy.shared_prompts import can_share
+from prefmoe.policy.shared_prompts import can_share, has_plain_head
 from tiny_policy import CONFIGS, pmol_config, randomize, tiny_lm, tiny_policy, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -225,6 +225,23 @@ def test_log_probabilities_are_those_of_texts_alone(family, batch_tokens):
         expected.append(of_tokens[len(text.prompt_ids) - 1 :].sum())
     found = completion_logps(model, texts, batch_tokens=batch_tokens)
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["plain", "with a bias", "with LoRA"])
+def test_a_head_of_its_own_kind_has_its_say(head):
+    model = tiny_lm()
+    if head == "with a bias":
+        model.lm_head = nn.Linear(*reversed(model.lm_head.weight.shape))
+        nn.init.normal_(model.lm_head.bias)
+    elif head == "with LoRA":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    model.eval()
+    assert has_plain_head(model) == (head == "plain")
+    text = Text((5, 6, 7), (8, 9))
+    with torch.no_grad():
+        logps = model(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).logits[0, 2:4].log_softmax(dim=-1)
+    expected = logps[0, 8] + logps[1, 9]
+    torch.testing.assert_close(completion_logps(model, [text])[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_routing_is_recorded_by_text(monkeypatch):

@@ -34,7 +34,7 @@ from prefmoe.nn.router_losses import (
     within_group_balance,
 )
 from prefmoe.nn.routing import Routing, RoutingMode, TaskRouter, route, router_features
-from prefmoe.nn.token_logprobs import TokenLogprobs, token_logprobs
+from prefmoe.nn.token_logprobs import TokenLogprobs, scored_logprobs, token_logprobs
 from prefmoe.nn.token_routing import (
     ExpertGroups,
     RecurrentRouter,
@@ -81,6 +81,7 @@ __all__ = [
     "router_features",
     "routing_entropy",
     "saved_layer_tokens",
+    "scored_logprobs",
     "steering_factors",
     "switch_balance_loss",
     "token_logprobs",

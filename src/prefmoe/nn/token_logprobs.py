@@ -1,5 +1,6 @@
 """Log-probabilities of given tokens under a language model's head, without keeping its logits."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -43,12 +44,32 @@ def token_logprobs(
         Gradient on the way forward: Hsu et al. 2024 (Liger), arXiv:2410.10989, section 3.2, there of the loss.
         Slow form: tests/reference/token_logprobs.py.
     """
-    rows = max(1, max_logits // len(weight))
     chunks = [
         _Chunk.apply(chunk, weight, target)  # type: ignore[no-untyped-call]
-        for chunk, target in zip(torch.split(states, rows), torch.split(targets, rows), strict=True)
+        for chunk, target in _few_at_a_time(states, targets, max_logits // len(weight))
     ]
     return TokenLogprobs(*(torch.cat(values) for values in zip(*chunks, strict=True)))
+
+
+@torch.no_grad()
+def scored_logprobs(
+    states: Float[Tensor, "tokens hidden"],
+    weight: Float[Tensor, "vocabulary hidden"],
+    targets: Int[Tensor, " tokens"],
+    *,
+    max_logits: int = 2**22,
+) -> Float[Tensor, " tokens"]:
+    """The log-probabilities of `token_logprobs` alone, without gradient; arguments, numerics and slow form are its."""
+    chunks = []
+    for chunk, target in _few_at_a_time(states, targets, max_logits // len(weight)):
+        logits = (chunk @ weight.T).float()
+        chunks.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(dim=1))
+    return torch.cat(chunks)
+
+
+def _few_at_a_time(states: Tensor, targets: Tensor, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    number = max(1, number)
+    return zip(torch.split(states, number), torch.split(targets, number), strict=True)
 
 
 class _Chunk(torch.autograd.Function):

@@ -9,9 +9,15 @@ from torch.nn import functional as F
 
 from prefmoe.backbone.packing import packed_batches
 from prefmoe.data.render import Encoded
-from prefmoe.nn import pad_left
+from prefmoe.nn import pad_left, scored_logprobs
 from prefmoe.policy.pairs import Text
-from prefmoe.policy.shared_prompts import can_share, language_model_of, pack_rows, pass_over_tree
+from prefmoe.policy.shared_prompts import (
+    can_share,
+    has_plain_head,
+    language_model_of,
+    pack_rows,
+    pass_over_tree,
+)
 from prefmoe.runs.progress import Progress, silent
 
 
@@ -84,17 +90,21 @@ def _tree_logps(model: nn.Module, texts: Sequence[Text], *, routing_mask: bool) 
     # The token before a completion's token predicts it.
     kept = torch.cat([packing.rows[i, a - 1 : b - 1] for i, (a, b) in enumerate(spans)])
     targets = torch.tensor([token for text in texts for token in text.completion_ids], device=device)
-    with pass_over_tree(model, packing, kept):
+    own_head = has_plain_head(model)
+    with pass_over_tree(model, packing, kept, with_head=not own_head):
         # What the ids are, only their shape counts: the model's hooks look at it.
         ids_of_rows = torch.zeros(packing.rows.shape, dtype=torch.long, device=device)
-        logits = model(input_ids=ids_of_rows, use_cache=False, **more).logits[0]
-    # A few tokens at a time: float32 logits of all of them take more memory than the rest of the pass.
-    of_tokens = torch.cat(
-        [
-            -F.cross_entropy(part.float(), target, reduction="none")
-            for part, target in zip(logits.split(256), targets.split(256), strict=True)
-        ]
-    )
+        found = model(input_ids=ids_of_rows, use_cache=False, **more)
+    if own_head:
+        weight = language_model_of(model).get_output_embeddings().weight
+        of_tokens = scored_logprobs(found.last_hidden_state[0], weight, targets)
+    else:  # a few tokens at a time: float32 logits of all of them take more memory than the rest of the pass
+        of_tokens = torch.cat(
+            [
+                -F.cross_entropy(part.float(), target, reduction="none")
+                for part, target in zip(found.logits[0].split(256), targets.split(256), strict=True)
+            ]
+        )
     sizes = [b - a for a, b in spans]
     return torch.stack([part.sum() for part in of_tokens.split(sizes)]).cpu()
 

@@ -9,7 +9,7 @@ in one row (`prefmoe.nn.Packing`), and the head sees the states that predict a c
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -87,16 +87,18 @@ def can_share(model: nn.Module, *, longest: int) -> bool:
 
 
 @contextmanager
-def pass_over_tree(model: nn.Module, packing: Packing, kept: Tensor) -> Iterator[None]:
+def pass_over_tree(
+    model: nn.Module, packing: Packing, kept: Tensor, *, with_head: bool = True
+) -> Iterator[None]:
     """Inside, whatever ids the model is given, it runs a prefix tree; its head gets (1, kept nodes) states.
 
     Args:
         model: A causal language model, or one with an adapter, for which `can_share`.
         packing: The texts.
         kept: Nodes whose logits are wanted, in the order that they are wanted in.
+        with_head: False leaves out the head: the model returns what that would get, as `last_hidden_state`.
     """
     decoder = language_model_of(model).base_model
-    replaced = vars(decoder).get("forward")
 
     def forward(*_: Any, **__: Any) -> BaseModelOutputWithPast:
         for routing in _routings(model):
@@ -112,14 +114,25 @@ def pass_over_tree(model: nn.Module, packing: Packing, kept: Tensor) -> Iterator
         wanted = decoder.norm(states).index_select(0, kept.to(decoder.device))
         return BaseModelOutputWithPast(last_hidden_state=wanted[None])
 
-    decoder.forward = forward
+    with ExitStack() as replaced:
+        replaced.enter_context(_forward_of(decoder, forward))
+        if not with_head:
+            replaced.enter_context(_forward_of(language_model_of(model), forward))
+        yield
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Inside, a module has another forward pass; it may have been given one before, as TRL does it."""
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        if replaced is None:
-            del decoder.forward
+        if before is None:
+            del module.forward
         else:
-            decoder.forward = replaced
+            module.forward = before
 
 
 def _call_once(layer: nn.Module, states: Tensor, **kwargs: Any) -> Tensor:
@@ -151,8 +164,9 @@ def _fused_on_tree(
     is_target = targets != -100
     nodes = packing.rows[:, :-1].to(labels.device)[is_target]
     with pass_over_tree(model, packing, nodes):
-        if own_head and _has_plain_head(model):
-            found = _logprobs_of_nodes(language_model_of(model), targets[is_target])
+        language_model = language_model_of(model)
+        if own_head and has_plain_head(model) and _is_frozen(language_model.get_output_embeddings()):
+            found = _logprobs_of_nodes(language_model, targets[is_target])
         else:
             found = fused_forward(fused_lm_head=True, shift_labels=targets[is_target][None])
     rows = {
@@ -161,12 +175,16 @@ def _fused_on_tree(
     return type(found)(**rows)
 
 
-def _has_plain_head(model: nn.Module) -> bool:
-    """Whether `token_logprobs` can stand in for TRL's head: on a CPU, where that has no kernel, and frozen."""
+def has_plain_head(model: nn.Module) -> bool:
+    """Whether `prefmoe.nn` can stand in for a model's head, and pays: on a CPU, where other ways waste memory."""
     head = language_model_of(model).get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or torch.is_autocast_enabled("cpu"):
         return False
-    return head.weight.device.type == "cpu" and not head.weight.requires_grad
+    return head.weight.device.type == "cpu"
+
+
+def _is_frozen(head: nn.Module) -> bool:
+    return not any(p.requires_grad for p in head.parameters())
 
 
 def _logprobs_of_nodes(language_model: PreTrainedModel, targets: Tensor) -> FusedCausalLMOutput:
