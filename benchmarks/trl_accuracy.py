@@ -87,8 +87,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/trl-accuracy"), help="of the peers")
     parser.add_argument("--test", type=Path, default=Path("../shared/data/preferences/test.jsonl.gz"))
     parser.add_argument("--test-pairs-per-task", type=int, help="drawn; all by default")
-    # TRL's default, and what its documentation advises for LoRA.
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 1e-3])
+    # TRL's default, what its documentation advises for LoRA, and one above.
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 1e-3, 3e-3])
     parser.add_argument("--out", type=Path)
     return parser.parse_args(argv)
 
