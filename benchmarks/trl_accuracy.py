@@ -148,9 +148,10 @@ class Peer:
             sides = [self.table.texts[text] for row in pairs.rows for text in row[:2]]
             lora = classifier_lora(self.settings.experts, len(self.backbone.layers))
             model = get_peft_model(new_classifier(self.backbone), lora).eval()
-            model.config.pad_token_id = int(state.pop(PAD_TOKEN))
-            if (found := model.load_state_dict(state, strict=False)).unexpected_keys:
-                raise SystemExit(f"TRL's model is not what it was taken for: {found.unexpected_keys}")
+            model.config.pad_token_id = int(state[PAD_TOKEN])
+            unknown = set(model.load_state_dict(state, strict=False).unexpected_keys) - {PAD_TOKEN}
+            if unknown:
+                raise SystemExit(f"TRL's model is not what it was taken for: {sorted(unknown)}")
             with self.progress(f"{step} on {split} pairs", 1) as advance:
                 rewards = rewards_by_classifier(model, sides, self.settings.backbone.batch_tokens)
                 advance(1)
