@@ -8,9 +8,9 @@ from prefmoe.nn import ExpertGroups, TokenRouter, group_log_masses
 from prefmoe.policy import router_start
 from prefmoe.policy.inspect import inspect_routing
 from prefmoe.policy.layer import PMoLLinear
-from prefmoe.policy.pairs import Text
+from prefmoe.policy.pairs import Text, TokenPair, TokenPairs
 from prefmoe.policy.router_start import _fit as fit
-from prefmoe.policy.router_start import fit_router_starts, start_routers
+from prefmoe.policy.router_start import fit_router_starts, one_side, start_routers
 from tiny_policy import pmol_config, tiny_lm
 
 
@@ -111,7 +111,9 @@ def test_routers_that_see_the_same_are_fitted_once_and_as_if_each_were_alone(mon
         starts = fit_router_starts(model, made, names)
         number[kind] = (len(fits), starts)
     (once, shared), (each, alone) = number["once"], number["each"]
-    assert once / each == 4 / 7  # what attention, its output, the MLP and its output see
+    # Four of seven: what attention, its output, the MLP and its output see. Three penalties are tried on every fourth.
+    fitted = (len(alone) * 4 // 7, len(alone))
+    assert (once, each) == tuple(number + 3 * -(-number // 4) for number in fitted)
     assert shared.keys() == alone.keys()
     assert all(torch.equal(rows, alone[name]) for name, rows in shared.items())
 
@@ -125,6 +127,13 @@ def test_some_tokens_of_many_texts_are_enough(monkeypatch):
     start_routers(model, fit_router_starts(model, made, names))
     assert sum(seen) == 40
     assert group_accuracy(model, seed=1) > 0.9
+
+
+def test_chosen_and_rejected_are_taken_in_turn():
+    rows = [TokenPair((i,), (10 + i,), (20 + i,), "a", str(i)) for i in range(3)]
+    taken = one_side(TokenPairs(rows))
+    assert [text.completion_ids for text in taken] == [(10,), (21,), (12,)]
+    assert [text.prompt_ids for text in taken] == [(0,), (1,), (2,)]
 
 
 def test_the_model_is_left_without_hooks():
