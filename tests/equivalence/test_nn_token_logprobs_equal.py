@@ -64,6 +64,16 @@ def test_bfloat16_gradients_are_no_further_off_than_those_of_kept_logits():
     assert 0 < error["ours"] <= 1.1 * error["plain"]
 
 
+@pytest.mark.parametrize("of_states", [scored_logprobs, lambda *given: token_logprobs(*given).logprobs])
+def test_bfloat16_logits_of_the_tokens_are_not_rounded(of_states):
+    states, weight, targets = made_up(200, 400, 64)
+    states, weight = states.bfloat16(), (0.2 * weight).bfloat16()
+    exact = (states.double() @ weight.double().T).log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
+    rounded = (states @ weight.T).float().log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
+    errors = [(found - exact).abs().mean() for found in (of_states(states, weight, targets), rounded)]
+    assert errors[0] < 0.6 * errors[1]
+
+
 def test_without_gradients_and_without_tokens_there_is_nothing_to_keep():
     states, weight, targets = made_up()
     assert not token_logprobs(states, weight, targets).logprobs.requires_grad

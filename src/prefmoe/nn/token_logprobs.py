@@ -36,7 +36,8 @@ def token_logprobs(
         Log-probabilities with their gradient to `states`, and statistics without; float32.
 
     Numerics:
-        Logits are products in the dtype of `states`, all else is float32. The gradient,
+        Logits are products in the dtype of `states`, but for the given tokens', which like all else are float32: the
+        rounding of those would add up over a text, that of the others averages out. The gradient,
         $g\,(w_t - \sum_v p_v w_v)$, is computed on the way forward, so logits are neither kept nor computed twice; the
         probabilities less 1 at t are rounded to the dtype of `states` before that product, which is rounded once.
 
@@ -62,9 +63,18 @@ def scored_logprobs(
     """The log-probabilities of `token_logprobs` alone, without gradient; arguments, numerics and slow form are its."""
     chunks = []
     for chunk, target in _few_at_a_time(states, targets, max_logits // len(weight)):
-        logits = (chunk @ weight.T).float()
+        logits = _logits(chunk, weight, target)
         chunks.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(dim=1))
     return torch.cat(chunks)
+
+
+def _logits(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """(tokens, vocabulary) float32."""
+    logits = (states @ weight.T).float()
+    if torch.finfo(states.dtype).bits < 32:
+        exact = torch.linalg.vecdot(states.float(), weight[targets].float())
+        logits.scatter_(1, targets[:, None], exact[:, None])
+    return logits
 
 
 def _few_at_a_time(states: Tensor, targets: Tensor, number: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -77,7 +87,7 @@ class _Chunk(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor) -> TokenLogprobs:
-        logits = (states @ weight.T).float()
+        logits = _logits(states, weight, targets)
         mean, is_top1 = logits.mean(dim=1), logits.argmax(dim=1) == targets
         places = targets[:, None]
         every = logits.sub_(logits.logsumexp(dim=1, keepdim=True))
