@@ -10,7 +10,7 @@ from prefmoe.policy.inspect import inspect_routing
 from prefmoe.policy.layer import PMoLLinear
 from prefmoe.policy.pairs import Text, TokenPair, TokenPairs
 from prefmoe.policy.router_start import _fit as fit
-from prefmoe.policy.router_start import fit_router_starts, one_side, start_routers
+from prefmoe.policy.router_start import fit_router_starts, start_routers
 from tiny_policy import pmol_config, tiny_lm
 
 
@@ -111,11 +111,23 @@ def test_routers_that_see_the_same_are_fitted_once_and_as_if_each_were_alone(mon
         starts = fit_router_starts(model, made, names)
         number[kind] = (len(fits), starts)
     (once, shared), (each, alone) = number["once"], number["each"]
-    # Four of seven: what attention, its output, the MLP and its output see. Three penalties are tried on every fourth.
+    # Four of seven: what attention, its output, the MLP and its output see. Three penalties are tried on every fifth.
     fitted = (len(alone) * 4 // 7, len(alone))
-    assert (once, each) == tuple(number + 3 * -(-number // 4) for number in fitted)
+    assert (once, each) == tuple(routers + 3 * -(-routers // 5) for routers in fitted)
     assert shared.keys() == alone.keys()
     assert all(torch.equal(rows, alone[name]) for name, rows in shared.items())
+
+
+def test_the_penalty_is_chosen_on_more_than_one_kind_of_layer(monkeypatch):
+    heard = set()
+
+    def loss(features, *_):
+        heard.update(names[0].rsplit(".", 1)[1] for names, _ in features)
+        return 0.0
+
+    monkeypatch.setattr(router_start, "_held_out_loss", loss)
+    fit_router_starts(untrained(router_scope="linear", target_modules="all-linear"), *texts(20))
+    assert len(heard) > 1
 
 
 def test_some_tokens_of_many_texts_are_enough(monkeypatch):
@@ -131,7 +143,7 @@ def test_some_tokens_of_many_texts_are_enough(monkeypatch):
 
 def test_chosen_and_rejected_are_taken_in_turn():
     rows = [TokenPair((i,), (10 + i,), (20 + i,), "a", str(i)) for i in range(3)]
-    taken = one_side(TokenPairs(rows))
+    taken = TokenPairs(rows).one_side()
     assert [text.completion_ids for text in taken] == [(10,), (21,), (12,)]
     assert [text.prompt_ids for text in taken] == [(0,), (1,), (2,)]
 

@@ -46,6 +46,13 @@ class TokenPairs:
         chosen = [Text(row.prompt_ids, row.chosen_ids) for row in self.rows]
         return chosen + [Text(row.prompt_ids, row.rejected_ids) for row in self.rows]
 
+    def one_side(self) -> list[Text]:
+        """One text of each pair, chosen and rejected in turn."""
+        return [
+            Text(row.prompt_ids, row.rejected_ids if i % 2 else row.chosen_ids)
+            for i, row in enumerate(self.rows)
+        ]
+
 
 def preference_of(pair: PreferencePair) -> str | None:
     """What a pair is a pair of."""

@@ -17,21 +17,16 @@ from torch.nn import functional as F
 from prefmoe.nn import TokenRouter, fit_softmax
 from prefmoe.policy.layer import PMoLLinear
 from prefmoe.policy.logps import completion_logps
-from prefmoe.policy.pairs import Text, TokenPairs
+from prefmoe.policy.pairs import Text
 from prefmoe.policy.routing import AdapterRouting
 from prefmoe.runs.progress import Progress, silent
 
 _PENALTIES = (0.01, 0.1, 1.0)
 _MAX_TEXTS, _MAX_TOKENS = 2000, 4  # of all, of one text: at most 8,000 rows a router
 _FOLDS = 5
-_EVERY = 4  # the penalty is chosen on every fourth router
-
-
-def one_side(pairs: TokenPairs) -> list[Text]:
-    """One text of each pair, chosen and rejected in turn: a prompt's other completion says little more of its kind."""
-    texts = pairs.texts()
-    chosen, rejected = texts[: len(pairs.rows)], texts[len(pairs.rows) :]
-    return [sides[i % 2] for i, sides in enumerate(zip(chosen, rejected, strict=True))]
+# The penalty is chosen on every fifth router: five shares no factor with the two or four kinds of layers in a block that
+# have one each, so all kinds are heard.
+_EVERY = 5
 
 
 def fit_router_starts(
@@ -45,7 +40,7 @@ def fit_router_starts(
     r"""Rows of a linear classifier of preferences for every linear router.
 
     It is fitted to single tokens of the completions, a few of each text, as the router is going to see them, and has no
-    bias, as the router has none. One penalty serves all routers: the one with the least loss of every fourth router on
+    bias, as the router has none. One penalty serves all routers: the one with the least loss of every fifth router on
     the tokens of every fifth prompt, when the others are fitted.
 
     Args:

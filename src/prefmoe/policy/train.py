@@ -18,7 +18,7 @@ from prefmoe.policy.bench import PolicyBench
 from prefmoe.policy.costs import CostCallback
 from prefmoe.policy.methods import is_pmol, lora_config, pmol_config, rank_of_lora
 from prefmoe.policy.pairs import TokenPairs
-from prefmoe.policy.router_start import fit_router_starts, one_side, start_routers
+from prefmoe.policy.router_start import fit_router_starts, start_routers
 from prefmoe.policy.shared_prompts import share_prompts
 from prefmoe.policy.trainers import connect_preferences
 from prefmoe.runs.run import LogCallback, writing_checkpoint
@@ -190,7 +190,7 @@ def _start_routers(bench: PolicyBench, model: PeftModel) -> None:
         pairs = bench.splits["train"]
         return fit_router_starts(
             model,
-            one_side(pairs),
+            pairs.one_side(),  # a prompt's other completion says little more of its preference
             [row.preference for row in pairs.rows],
             batch_tokens=bench.settings.model.batch_tokens,
             progress=bench.progress,
