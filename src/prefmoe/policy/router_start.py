@@ -24,8 +24,8 @@ from prefmoe.runs.progress import Progress, silent
 _PENALTIES = (0.01, 0.1, 1.0)
 _MAX_TEXTS, _MAX_TOKENS = 2000, 4  # of all, of one text: at most 8,000 rows a router
 _FOLDS = 5
-# The penalty is chosen on every fifth router: five shares no factor with the two or four kinds of layers in a block that
-# have one each, so all kinds are heard.
+# The penalty is chosen on every fifth router: a block has up to four kinds that see different states, and every fourth
+# would always be the same.
 _EVERY = 5
 
 
