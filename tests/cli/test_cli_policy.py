@@ -111,8 +111,11 @@ def test_train_writes_numbers_pictures_and_adapters(trained):
         assert worst.low <= worst.value <= mean.value <= mean.high
     assert 0 <= report.group_accuracy["pmol"].accuracy <= 1
     assert [point.weight for point in report.steering["helpful"]] == [0.5, 1, 2]
-    # Turned by 1, whichever group, it is the same model.
+    # Turned by 1, whichever group, it is the same model, which the test pairs have been through.
     assert report.steering["helpful"][1] == report.steering["harmless"][1]
+    assert {file.name for file in (run / "steps").glob("steering_*")} == {
+        f"steering_{group}_{weight}.safetensors" for group in (0, 1) for weight in (0.5, 2)
+    }
     for group, points in report.steering.items():
         for name, gain in report.steering_gain[group].items():
             assert gain.value == pytest.approx(points[-1].margin[name] - points[0].margin[name], abs=1e-6)

@@ -190,27 +190,29 @@ def _steering(bench: PolicyBench, folder: Path) -> tuple[dict[str, list[Steering
     pairs = TokenPairs(rows)
     places = [bench.splits["test"].rows.index(row) for row in rows]
     half = len(bench.splits["test"].rows)
-    reference = bench.reference["test"][[*places, *(half + place for place in places)]]
+    texts = [*places, *(half + place for place in places)]
+    reference = bench.reference["test"][texts]
+    as_trained = _test_scores(bench, "pmol", folder)["logps"][texts]
 
-    def measure(weights: Mapping[str, float], name: str) -> dict[str, Tensor]:
+    def measure(group: str, weight: float) -> Tensor:
+        name = f"{bench.preferences.index(group)}_{weight:g}"
+
         def compute() -> dict[str, Tensor]:
             model = load_policy(bench, folder)
-            with model.base_model.steered(weights):
-                return {"logps": _logps(bench, model, pairs, label=f"steering {name}")}
+            with model.base_model.steered({group: weight}):
+                return {"logps": _logps(bench, model, pairs, label=f"steering {group} to {weight:g}")}
 
         def save(file: Path, tensors: dict[str, Tensor]) -> None:
             save_file(tensors, file)
 
-        return bench.run.step(f"steering_{name}.safetensors", compute, save, load_file, alone=True)
+        return bench.run.step(f"steering_{name}.safetensors", compute, save, load_file, alone=True)["logps"]
 
     curves: dict[str, list[SteeringPoint]] = {}
     gains: Gains = {}
-    for index, group in enumerate(bench.preferences):
+    for group in bench.preferences:
         curves[group], of_pairs = [], []
         for weight in settings.weights:
-            # At weight 1 nothing is turned, whichever the group.
-            name = "1" if weight == 1 else f"{index}_{weight:g}"
-            logps = measure({} if weight == 1 else {group: weight}, name)["logps"]
+            logps = as_trained if weight == 1 else measure(group, weight)
             margins = implicit_margins(logps, reference, beta=bench.settings.training.beta)
             curves[group].append(_point(bench, pairs, weight, margins))
             of_pairs.append(margins)
