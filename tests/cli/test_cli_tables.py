@@ -31,6 +31,17 @@ def test_rows_are_tasks_and_columns_are_methods():
     ]
 
 
+def test_of_more_methods_than_tasks_methods_go_down():
+    names = ["base", *(f"[method] {number}" for number in range(9))]
+    margins = {name: {"advice": [1.0, -1.0, 1.0, 1.0], "facts": [1.0]} for name in names}
+    lines = printed(margins, width=80).splitlines()
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    assert [row[0] for row in rows] == names
+    assert {row[1][:6] for row in rows} == {"0.750 "}
+    assert {tuple(row[2:]) for row in rows} == {("1.000 (1.00-1.00)", "0.875")}
+    assert "advice (4 pairs)" in lines[2]
+
+
 def test_without_router_or_second_method_nothing_is_said_of_them():
     text = printed({"single": {"all": [0.2, -0.1]}})
     assert "minus" not in text

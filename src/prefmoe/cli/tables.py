@@ -9,6 +9,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from prefmoe.evaluation.metrics import Metrics
 
+_MEAN = "mean of tasks"
+
 
 def print_metrics(metrics: "Metrics", console: Console) -> None:
     """The table of accuracies, then the paired differences and how often the router was right."""
@@ -24,23 +26,34 @@ def print_metrics(metrics: "Metrics", console: Console) -> None:
 
 
 def accuracy_table(metrics: "Metrics") -> Table:
-    """Accuracy of every method on every task, with its 95 % interval, and the mean over the tasks."""
+    """Accuracy of every method on every task, with its 95 % interval, and the mean over the tasks.
+
+    What is more, tasks or methods, goes down: a terminal is narrow.
+    """
     from prefmoe.evaluation.wording import method_name
 
-    table = Table(
-        "task", title="Accuracy on test pairs (95 % interval)", title_justify="left", title_style="bold"
-    )
-    table.add_column("pairs", justify="right")
-    for method in metrics.methods:
-        table.add_column(method_name(method), justify="right")
-    methods = list(metrics.methods.values())
-    for task, first in methods[0].tasks.items():
-        cells = [result.tasks[task] for result in methods]
-        shown = [f"{cell.accuracy:.3f} ({cell.low:.2f}-{cell.high:.2f})" for cell in cells]
-        table.add_row(Text(task), str(first.pairs), *shown)
-    num_pairs = sum(cell.pairs for cell in methods[0].tasks.values())
-    table.add_section()
-    table.add_row(
-        "mean of tasks", str(num_pairs), *(f"{result.macro:.3f}" for result in methods), style="bold"
-    )
+    methods = {method_name(name): result for name, result in metrics.methods.items()}
+    pairs = {task: first.pairs for task, first in next(iter(methods.values())).tasks.items()}
+
+    def cell(method: str, task: str) -> str:
+        found = methods[method].tasks[task]
+        return f"{found.accuracy:.3f} ({found.low:.2f}-{found.high:.2f})"
+
+    means = {name: f"{result.macro:.3f}" for name, result in methods.items()}
+    if len(methods) > len(pairs):
+        heads = ["method", *(f"{task} ({number} pairs)" for task, number in pairs.items()), _MEAN]
+        rows = [[name, *(cell(name, task) for task in pairs), means[name]] for name in methods]
+    else:
+        heads = ["task", "pairs", *methods]
+        rows = [
+            [task, str(number), *(cell(name, task) for name in methods)] for task, number in pairs.items()
+        ]
+        rows.append([_MEAN, str(sum(pairs.values())), *means.values()])
+    table = Table(title="Accuracy on test pairs (95 % interval)", title_justify="left", title_style="bold")
+    for place, head in enumerate(heads):
+        table.add_column(Text(head), justify="right" if place else "left", overflow="fold")
+    for row in rows:
+        if row[0] == _MEAN:
+            table.add_section()
+        table.add_row(*map(Text, row), style="bold" if row[0] == _MEAN else "")
     return table
