@@ -22,7 +22,8 @@ from prefmoe.policy.routing import AdapterRouting
 from prefmoe.runs.progress import Progress, silent
 
 _PENALTIES = (0.01, 0.1, 1.0)
-_MAX_TEXTS, _MAX_TOKENS = 2000, 4  # of all, of one text: at most 8,000 rows a router
+# Of all; of one text; of all texts, for one router: the fewer the texts, the more of each.
+_MAX_TEXTS, _MAX_TOKENS, _MAX_ROWS = 2000, 8, 8000
 _FOLDS = 5
 # The penalty is chosen on every fifth router: a block has up to four kinds that see different states, and every fourth
 # would always be the same.
@@ -56,7 +57,8 @@ def fit_router_starts(
     groups, smoothing = _routing_of(model).groups, _routing_of(model).config.group_smoothing
     taken = range(0, len(texts), -(-len(texts) // _MAX_TEXTS))
     texts, preferences = [texts[i] for i in taken], [preferences[i] for i in taken]
-    seen = _what_routers_see(model, texts, batch_tokens=batch_tokens, progress=progress)
+    tokens = max(1, min(_MAX_TOKENS, _MAX_ROWS // max(1, len(texts))))
+    seen = _what_routers_see(model, texts, tokens=tokens, batch_tokens=batch_tokens, progress=progress)
 
     counts = torch.tensor([len(tokens) for tokens in next(iter(seen.values()))])
     labels = torch.tensor([groups.names.index(preference) for preference in preferences])
@@ -85,16 +87,16 @@ def _distinct(features: Mapping[str, Tensor]) -> list[tuple[list[str], Tensor]]:
 
 
 def _what_routers_see(
-    model: PeftModel, texts: Sequence[Text], *, batch_tokens: int, progress: Progress
+    model: PeftModel, texts: Sequence[Text], *, tokens: int, batch_tokens: int, progress: Progress
 ) -> dict[str, list[Tensor]]:
-    """For every router some tokens of each text, (tokens, in), in the order of the texts."""
+    """For every router at most `tokens` of each text, (tokens, in), in the order of the texts."""
     seen: dict[str, list[Tensor]] = {name: [torch.empty(0)] * len(texts) for name, _ in _routers(model)}
-    with _watched(model, _routing_of(model)) as passes:
+    with _watched(model, _routing_of(model), tokens) as passes:
 
         def keep(batch: Sequence[int]) -> None:
             for name, by_text in passes.items():
-                for text, tokens in zip(batch, by_text, strict=True):
-                    seen[name][text] = tokens
+                for text, states in zip(batch, by_text, strict=True):
+                    seen[name][text] = states
             passes.clear()
 
         completion_logps(
@@ -177,12 +179,12 @@ def _routers(model: PeftModel) -> list[tuple[str, TokenRouter]]:
 
 
 @contextmanager
-def _watched(model: PeftModel, routing: AdapterRouting) -> Iterator[dict[str, list[Tensor]]]:
+def _watched(model: PeftModel, routing: AdapterRouting, tokens: int) -> Iterator[dict[str, list[Tensor]]]:
     """Inside, every pass leaves some tokens of each text as each router saw them, on the CPU."""
     passes: dict[str, list[Tensor]] = {}
 
     def watch(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        passes[name] = [_evenly(rows.float().cpu()) for rows in routing.tokens_by_text(args[0])]
+        passes[name] = [_evenly(rows, tokens).float().cpu() for rows in routing.tokens_by_text(args[0])]
 
     with ExitStack() as hooks:
         for name, layer, _ in _layers(model):
@@ -190,7 +192,7 @@ def _watched(model: PeftModel, routing: AdapterRouting) -> Iterator[dict[str, li
         yield passes
 
 
-def _evenly(rows: Tensor) -> Tensor:
-    """At most a few of the rows, the first and the last among them."""
-    number = min(len(rows), _MAX_TOKENS)
+def _evenly(rows: Tensor, number: int) -> Tensor:
+    """At most so many of the rows, the first and the last among them."""
+    number = min(len(rows), number)
     return rows[torch.linspace(0, len(rows) - 1, number).round().long()]
