@@ -141,6 +141,18 @@ def test_some_tokens_of_many_texts_are_enough(monkeypatch):
     assert group_accuracy(model, seed=1) > 0.9
 
 
+@pytest.mark.parametrize(("max_rows", "expected"), [(8000, 6), (120, 4), (1, 1)])
+def test_the_fewer_the_texts_the_more_tokens_of_each(monkeypatch, max_rows, expected):
+    rows = []
+    monkeypatch.setattr(router_start, "_MAX_ROWS", max_rows)
+    monkeypatch.setattr(
+        router_start, "_fit", lambda x, *_, **__: rows.append(len(x)) or torch.zeros(2, x.shape[1])
+    )
+    made, names = texts(30)
+    fit_router_starts(untrained(), [Text(t.prompt_ids, (*t.completion_ids, 9)[:6]) for t in made], names)
+    assert rows[-1] == 30 * expected
+
+
 def test_chosen_and_rejected_are_taken_in_turn():
     rows = [TokenPair((i,), (10 + i,), (20 + i,), "a", str(i)) for i in range(3)]
     taken = TokenPairs(rows).one_side()
