@@ -141,7 +141,7 @@ def test_some_tokens_of_many_texts_are_enough(monkeypatch):
     assert group_accuracy(model, seed=1) > 0.9
 
 
-@pytest.mark.parametrize(("max_rows", "expected"), [(8000, 6), (120, 4), (1, 1)])
+@pytest.mark.parametrize(("max_rows", "expected"), [(8000, 6), (120, 4)])
 def test_the_fewer_the_texts_the_more_tokens_of_each(monkeypatch, max_rows, expected):
     rows = []
     monkeypatch.setattr(router_start, "_MAX_ROWS", max_rows)

@@ -57,10 +57,10 @@ def fit_router_starts(
     groups, smoothing = _routing_of(model).groups, _routing_of(model).config.group_smoothing
     taken = range(0, len(texts), -(-len(texts) // _MAX_TEXTS))
     texts, preferences = [texts[i] for i in taken], [preferences[i] for i in taken]
-    tokens = max(1, min(_MAX_TOKENS, _MAX_ROWS // max(1, len(texts))))
+    tokens = min(_MAX_TOKENS, _MAX_ROWS // len(texts))
     seen = _what_routers_see(model, texts, tokens=tokens, batch_tokens=batch_tokens, progress=progress)
 
-    counts = torch.tensor([len(tokens) for tokens in next(iter(seen.values()))])
+    counts = torch.tensor([len(states) for states in next(iter(seen.values()))])
     labels = torch.tensor([groups.names.index(preference) for preference in preferences])
     folds = {prompt: i % _FOLDS for i, prompt in enumerate(dict.fromkeys(text.prompt_ids for text in texts))}
     held = torch.tensor([folds[text.prompt_ids] == 0 for text in texts])
